@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Makes .venv on first use, installs what this machine's accelerator needs, then runs a module.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+modules() {  # what can be run: the programs here and in tools/ and benchmarks/
+  ls -- *.py tools/*.py benchmarks/*.py 2>/dev/null | sed -e 's|\.py$||' -e 's|/|.|g' \
+    | grep -v -e '__init__' -e 'conftest' || true
+}
+
+usage() {
+  cat <<TEXT
+Usage: bash run.sh MODULE [ARGUMENTS]   run a program, as python -m MODULE ARGUMENTS
+       bash run.sh test [ARGUMENTS]     run the tests; arguments go to pytest
+
+Modules: $(modules | xargs)
+
+The first call makes .venv with Python >= 3.11 (UMD_PYTHON chooses one) and installs
+requirements.txt for the accelerator it finds; UMD_ACCELERATOR=cpu|cuda|tpu overrides that.
+Later calls start at once, until requirements.txt changes.
+
+Example: bash run.sh train --config configs/quickstart.py --workdir runs/quickstart
+TEXT
+}
+
+accelerator() {
+  if [[ -n "${UMD_ACCELERATOR:-}" ]]; then
+    echo "$UMD_ACCELERATOR"
+  elif command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+    echo cuda
+  elif [[ -e /dev/accel0 || -e /dev/vfio/0 ]]; then
+    echo tpu
+  else
+    echo cpu
+  fi
+}
+
+find_python() {
+  local candidate
+  for candidate in "${UMD_PYTHON:-}" python3 python3.13 python3.12 python3.11; do
+    if [[ -n "$candidate" ]] && command -v "$candidate" >/dev/null \
+      && "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "error: no Python 3.11, 3.12 or 3.13 found. Install one, or set UMD_PYTHON to its path." >&2
+  exit 1
+}
+
+install() {
+  local kind="$1" want python extra=()
+  case "$kind" in
+    cpu) ;;
+    cuda) extra=("jax[cuda12]") ;;
+    tpu) extra=("jax[tpu]") ;;
+    *) echo "error: UMD_ACCELERATOR=$kind is not cpu, cuda or tpu." >&2; exit 1 ;;
+  esac
+  want="$kind $(cksum < requirements.txt)"
+  if [[ "$(cat .venv/installed 2>/dev/null)" == "$want" ]]; then
+    return
+  fi
+  python="$(find_python)"
+  echo "Installing for $kind into .venv (once; a minute or more)" >&2
+  # Remade if it is broken or from another Python, kept otherwise: pip changes what it must.
+  .venv/bin/python -c 'import pip' 2>/dev/null || "$python" -m venv --clear .venv
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+    -r requirements.txt ${extra[@]+"${extra[@]}"} >&2
+  echo "$want" > .venv/installed
+}
+
+case "${1:-}" in
+  "" | -h | --help | help) usage; exit 0 ;;
+esac
+module="$1"
+shift
+if [[ "$module" != test ]] && ! modules | grep -qxF -- "$module"; then
+  echo "error: no module '$module' here." >&2
+  usage >&2
+  exit 2
+fi
+install "$(accelerator)"
+if [[ "$module" == test ]]; then
+  exec .venv/bin/python -m pytest "$@"
+fi
+exec .venv/bin/python -m "$module" "$@"
