@@ -1,0 +1,186 @@
+"""The ViT auto-encoder of UMD (Hansen-Estruch et al. 2024, arXiv:2406.17688).
+
+An encoder reads class tokens and the patches it is shown; a decoder reads the pooled class tokens
+and every patch position, and predicts one or more heads (x0, eps, v) for every patch. MAE, UMD,
+DiT and MaskDiT are this one network with different inputs and losses.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from umd.masking import Mask, gather, num_kept, patchify, scatter
+from umd.models.blocks import Stack
+from umd.models.embeddings import LabelEmbedding, TimeEmbedding
+
+# name: width, encoder depth, decoder depth, attention heads. S, B, L are the paper's.
+SIZES = {
+  "nano": (32, 2, 1, 2),  # for tests
+  "micro": (96, 4, 2, 4),  # for the quick start: minutes on two CPU cores
+  "Ti": (192, 12, 4, 3),
+  "S": (384, 12, 4, 6),
+  "B": (768, 12, 4, 12),
+  "L": (1024, 24, 8, 16),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """The numbers of a variant such as "B/4": transformer sizes and patch side in pixels."""
+
+  width: int
+  depth: int
+  decoder_depth: int
+  heads: int
+  patch: int
+
+
+def parse_variant(variant: str) -> Shape:
+  """ "B/4" -> Shape; raises ValueError naming the known sizes."""
+  size, _, patch = variant.partition("/")
+  if size not in SIZES or not patch.isdigit() or int(patch) < 1:
+    raise ValueError(
+      f"model.variant={variant!r} must be SIZE/PATCH with SIZE one of {list(SIZES)} "
+      "and PATCH the side of a patch in pixels, as in 'B/4'."
+    )
+  return Shape(*SIZES[size], int(patch))
+
+
+class AutoEncoder(nn.Module):
+  """Masked-diffusion auto-encoder.
+
+  Attributes:
+    variant: size and patch, e.g. "B/4".
+    image_size: (H, W, C) of the images (or latents).
+    num_classes: number of labels, 0 for a model without label embedding. Label `num_classes`
+      stands for "no label".
+    heads: what is predicted for every pixel, in order: names known to `umd.paths.Path`.
+    class_tokens: number of class tokens; their mean after the encoder is the representation.
+    adaln: condition by adaptive LayerNorm; otherwise by one more token in every block.
+    dtype: of the computation ("float32" or "bfloat16"); parameters, softmax, norms and the
+      time embedding stay float32.
+    scan: run the layers as a loop; remat: recompute activations in the backward pass.
+  """
+
+  variant: str
+  image_size: tuple[int, int, int]
+  num_classes: int = 0
+  heads: tuple[str, ...] = ("x0", "eps")
+  class_tokens: int = 4
+  adaln: bool = True
+  dtype: str = "float32"
+  scan: bool = False
+  remat: bool = False
+
+  def __post_init__(self):
+    shape, (height, width, _) = parse_variant(self.variant), self.image_size
+    if height % shape.patch or width % shape.patch:
+      raise ValueError(
+        f"model.variant={self.variant!r}: the patch of {shape.patch} px does not divide the image "
+        f"of {height} x {width} px. Choose another patch or image size."
+      )
+    super().__post_init__()
+
+  @property
+  def shape(self) -> Shape:
+    return parse_variant(self.variant)
+
+  @property
+  def tokens(self) -> int:
+    """N, the number of patches of an image."""
+    patch = self.shape.patch
+    return (self.image_size[0] // patch) * (self.image_size[1] // patch)
+
+  def keep(self, mask_ratio: float) -> int:
+    """K, the number of patches that the encoder sees at `mask_ratio`."""
+    return num_kept(self.tokens, mask_ratio)
+
+  def setup(self):
+    s, dtype = self.shape, jnp.dtype(self.dtype)
+    normal, pos = nn.initializers.normal(0.02), nn.initializers.normal(self.tokens**-0.5)
+    stack = lambda depth: Stack(depth, s.heads, self.adaln, dtype, self.scan, self.remat)
+    self.embed = nn.Dense(s.width, dtype=dtype)
+    self.pos_embed = self.param("pos_embed", pos, (self.tokens, s.width))
+    self.decoder_pos_embed = self.param("decoder_pos_embed", pos, (self.tokens, s.width))
+    # Drawn at random: equal tokens without positions of their own would stay equal for ever.
+    self.cls = self.param("class_tokens", normal, (self.class_tokens, s.width))
+    self.mask_token = self.param("mask_token", normal, (s.width,))
+    self.time_embed = TimeEmbedding(s.width)
+    if self.num_classes:
+      self.label_embed = LabelEmbedding(self.num_classes, s.width)
+    self.encoder, self.decoder = stack(s.depth), stack(s.decoder_depth)
+    out = len(self.heads) * self.image_size[2] * s.patch**2
+    self.head = nn.Dense(out, kernel_init=normal)
+    if self.adaln:
+      self.head_adaln = nn.Dense(2 * s.width, kernel_init=nn.initializers.zeros)
+
+  def condition(self, t: Int[Array, "b"], labels: Int[Array, "b"] | None) -> Float[Array, "b d"]:
+    cond = self.time_embed(t)
+    if self.num_classes:
+      null = jnp.full_like(t, self.num_classes)
+      cond = cond + self.label_embed(null if labels is None else labels)
+    return jax.nn.silu(cond) if self.adaln else cond
+
+  def encode(self, images: Float[Array, "b h w c"], cond: Float[Array, "b d"], mask: Mask | None):
+    """(representation [B, D] float32, encoded tokens [B, K, D])."""
+    patches, pos = patchify(images, self.shape.patch), self.pos_embed[None]
+    if mask is not None:
+      patches = gather(patches, mask.keep)
+      pos = self.pos_embed[mask.keep]
+    x = self.embed(patches)
+    x = x + pos.astype(x.dtype)
+    cls = jnp.broadcast_to(self.cls.astype(x.dtype), (x.shape[0], *self.cls.shape))
+    x = self.encoder(jnp.concatenate([cls, x], axis=1), cond)
+    rep = x[:, : self.class_tokens].astype(jnp.float32).mean(axis=1)
+    return rep, x[:, self.class_tokens :]
+
+  def decode(
+    self,
+    rep: Float[Array, "b d"],
+    x: Float[Array, "b k d"],
+    cond: Float[Array, "b d"],
+    mask: Mask | None,
+  ) -> dict[str, Float[Array, "b n p"]]:
+    """Patches [B, N, P * P * C] of every head, float32."""
+    if mask is not None:
+      x = scatter(x, mask, self.mask_token)
+    x = x + self.decoder_pos_embed.astype(x.dtype)
+    x = self.decoder(jnp.concatenate([rep.astype(x.dtype)[:, None], x], axis=1), cond)
+    x = x[:, 1:].astype(jnp.float32)
+    if self.adaln:
+      shift, scale = jnp.split(self.head_adaln(cond)[:, None], 2, axis=-1)
+      x = x * (1 + scale) + shift
+    # Channels of a pixel are [head_0 | head_1 | ...].
+    x = self.head(x).reshape(*x.shape[:2], self.shape.patch**2, len(self.heads), -1)
+    return {h: x[:, :, :, i].reshape(*x.shape[:2], -1) for i, h in enumerate(self.heads)}
+
+  def represent(
+    self,
+    images: Float[Array, "b h w c"],
+    t: Int[Array, "b"],
+    labels: Int[Array, "b"] | None = None,
+  ) -> tuple[Float[Array, "b d"], Float[Array, "b n d"]]:
+    """What the encoder makes of whole images: (mean of the class tokens, patch tokens)."""
+    return self.encode(images, self.condition(t, labels), None)
+
+  def __call__(
+    self,
+    images: Float[Array, "b h w c"],
+    t: Int[Array, "b"],
+    labels: Int[Array, "b"] | None = None,
+    mask: Mask | None = None,
+  ) -> dict[str, Float[Array, "b n p"]]:
+    """Predicts every head for every patch.
+
+    Args:
+      images: x_t; only the patches in `mask.keep` are looked at.
+      t: timesteps in 0..T, 0 being clean.
+      labels: class labels, or None for "no label".
+      mask: which patches are kept; None keeps all.
+    """
+    cond = self.condition(t, labels)
+    rep, x = self.encode(images, cond, mask)
+    return self.decode(rep, x, cond, mask)
