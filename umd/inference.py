@@ -1,0 +1,151 @@
+"""What anyone may ask of a trained model: represent, reconstruct, denoise, sample."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from umd import samplers
+from umd.masking import mask_from_noise, patchify, unpatchify
+from umd.models.autoencoder import AutoEncoder
+from umd.paths import Path
+
+FEATURES = ("class", "patches")  # What `Inference.represent` returns.
+
+
+def example_keys(seed: int, index: Int[Array, "b"]) -> Array:
+  """One key per example, a function of (seed, index) alone: batch and padding do not matter."""
+  return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(index)
+
+
+def example_normal(keys: Array, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
+  """Standard normal noise [B, *shape], each example's from its own key."""
+  return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+def example_uniform(keys: Array, shape: tuple[int, ...]) -> Float[Array, "b ..."]:
+  """Uniform noise [B, *shape] in [0, 1), each example's from its own key."""
+  return jax.vmap(lambda key: jax.random.uniform(key, shape))(keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inference:
+  """A model and its path; every method is a pure function of parameters and inputs.
+
+  Attributes:
+    model: the auto-encoder.
+    path: the noise path it was trained on.
+  """
+
+  model: AutoEncoder
+  path: Path
+
+  def represent(
+    self, params, images: Float[Array, "b h w c"], keys: Array, t: int = 0
+  ) -> dict[str, Float[Array, "b d"]]:
+    """Representations of images noised to timestep t (0: clean), a key per example.
+
+    Returns {"class": [B, D], "patches": [B, N * D]}: the mean of the class tokens, which is the
+    paper's representation, and all patch tokens side by side, which keeps places apart.
+    """
+    times = jnp.full(len(images), t, jnp.int32)
+    x_t = self.path.combine("x_t", images, example_normal(keys, images.shape[1:]), times)
+    pooled, tokens = self.model.apply({"params": params}, x_t, times, method="represent")
+    return {"class": pooled, "patches": tokens.astype(jnp.float32).reshape(len(images), -1)}
+
+  def reconstruct(
+    self, params, images: Float[Array, "b h w c"], keys: Array, mask_ratio: float, t: int = 0
+  ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
+    """Fills in dropped patches with the x0 head.
+
+    Returns (reconstruction, masked): the input with its dropped patches predicted, and a map of
+    ones where they are.
+    """
+    times = jnp.full(len(images), t, jnp.int32)
+    noise_keys, mask_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    noise = example_uniform(mask_keys, (self.model.tokens,))
+    mask = mask_from_noise(noise, self.model.keep(mask_ratio))
+    x_t = self.path.combine("x_t", images, example_normal(noise_keys, images.shape[1:]), times)
+    filled = self.model.apply({"params": params}, x_t, times, None, mask)["x0"]
+    patch, size = self.model.shape.patch, images.shape[1:3]
+    where = jnp.broadcast_to(mask.masked[:, :, None], filled.shape)
+    tokens = jnp.where(where > 0, filled, patchify(images, patch))
+    return unpatchify(tokens, patch, size), unpatchify(where, patch, size)
+
+  def denoiser(
+    self, params, labels: Int[Array, "b"] | None, head: str = "eps", cfg_scale: float = 1.0
+  ) -> samplers.Denoiser:
+    """`denoise(x_t, t) -> (x0, eps)` by one head, with classifier-free guidance.
+
+    Guided prediction: uncond + cfg_scale (cond - uncond) (Ho & Salimans 2022); both come from one
+    pass over a doubled batch. cfg_scale = 1 is the plain conditional model and costs one batch.
+
+    Raises:
+      ValueError: the head cannot start from pure noise on this path, or guidance is asked of a
+        model without labels.
+    """
+    model, path = self.model, self.path
+    if head not in model.heads:
+      raise ValueError(f"head={head!r} is not among the model's heads {model.heads}.")
+    if path.singular(head)[1:].any():
+      raise ValueError(
+        f"head={head!r} does not determine x0 at every timestep of path {path.name!r}. "
+        f"Sample with another of {model.heads}."
+      )
+    if cfg_scale != 1 and (labels is None or not model.num_classes):
+      raise ValueError(
+        f"cfg_scale={cfg_scale} guides by labels, but there are none. Set cfg_scale=1 or train "
+        "with labels."
+      )
+
+    def predict(x_t, t, labels):
+      times = jnp.full(len(x_t), t, jnp.int32)
+      patches = model.apply({"params": params}, x_t, times, labels)[head]
+      return unpatchify(patches, model.shape.patch, x_t.shape[1:3])
+
+    def denoise(x_t, t):
+      if cfg_scale == 1:
+        pred = predict(x_t, t, labels)
+      else:
+        null = jnp.full_like(labels, model.num_classes)
+        both = predict(jnp.concatenate([x_t, x_t]), t, jnp.concatenate([labels, null]))
+        cond, uncond = jnp.split(both, 2)
+        pred = uncond + cfg_scale * (cond - uncond)
+      return path.invert(head, pred, x_t, t)
+
+    return denoise
+
+  def sample(
+    self,
+    params,
+    keys: Array,
+    labels: Int[Array, "b"] | None,
+    *,
+    sampler: str = "ddim",
+    steps: int = 125,
+    head: str = "eps",
+    cfg_scale: float = 1.0,
+    clip_x0: bool = True,
+    **options,
+  ) -> Float[Array, "b h w c"]:
+    """Images from noise.
+
+    Args:
+      params: model parameters, as a rule the EMA's.
+      keys: one per image; x_T and any noise on the way are functions of it.
+      labels: [B] classes, or None to sample without.
+      sampler: key of `samplers.SAMPLERS`; `options` go to it (ddim: eta).
+      steps: S, 1 <= S <= T.
+      head: the head that the denoiser reads.
+      cfg_scale: classifier-free guidance; 1 is none.
+      clip_x0: keep x0 in [-1, 1] at every step: right for pixels, wrong for latents.
+    """
+    if sampler not in samplers.SAMPLERS:
+      raise ValueError(f"sampler={sampler!r} is not one of {sorted(samplers.SAMPLERS)}.")
+    denoise = self.denoiser(params, labels, head, cfg_scale)
+    if clip_x0:
+      denoise = samplers.clip_x0(denoise, self.path)
+    start, on_the_way = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    noise = example_normal(start, self.model.image_size)
+    return samplers.SAMPLERS[sampler](denoise, self.path, noise, on_the_way, steps, **options)

@@ -1,0 +1,229 @@
+"""Objectives: a method is a set of streams, each with terms, and nothing else.
+
+A *stream* is a part of the batch with its own timesteps and mask ratio; a *term* scores one head
+on the tokens it names. MAE, UMD, DiT and MaskDiT differ in these values only, so a new method is
+a new row of data (see `configs/common.py`).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from umd.masking import mask_from_noise, patchify
+from umd.models.autoencoder import AutoEncoder
+from umd.paths import Path
+
+# Which tokens a term scores, from the mask [B, N] (1 = dropped from the encoder's input).
+WHERE: Mapping[str, Callable] = {
+  "all": jnp.ones_like,
+  "visible": lambda masked: 1.0 - masked,
+  "masked": lambda masked: masked,
+}
+
+# How a stream draws its timesteps in 0..T from uniform noise u in [0, 1).
+TIMESTEPS: Mapping[str, Callable] = {
+  "clean": lambda u, timesteps: jnp.zeros_like(u, jnp.int32),
+  "uniform": lambda u, timesteps: 1 + jnp.floor(u * timesteps).astype(jnp.int32),
+}
+
+# A share of rows may be off by this much of the batch, so that the pattern of rows can be short.
+SHARE_TOLERANCE = 1 / 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+  """Mean squared error of one head.
+
+  Attributes:
+    head: what is predicted and compared, one of the model's heads.
+    where: the tokens scored: "all", "visible" or "masked".
+    weight: factor in the stream's loss.
+  """
+
+  head: str
+  where: str = "all"
+  weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+  """A part of the batch that is noised, masked and scored alike.
+
+  Attributes:
+    name: appears in the metrics.
+    terms: what is scored, by name.
+    rows: (from, to) as fractions of the batch. Streams may overlap.
+    timesteps: key of TIMESTEPS.
+    mask_ratio: share of tokens that the encoder does not see.
+    labels: whether the stream is shown labels (some still drop to "no label").
+  """
+
+  name: str
+  terms: Mapping[str, Term]
+  rows: tuple[float, float] = (0.0, 1.0)
+  timesteps: str = "uniform"
+  mask_ratio: float = 0.0
+  labels: bool = True
+
+
+def period(streams: Sequence[Stream], batch_size: int) -> int:
+  """Length of the pattern by which rows of the batch are dealt to streams.
+
+  Every `period` rows hold each stream in its share, so a device that holds a multiple of it finds
+  all its rows at home: no image crosses devices, and which rows are clean does not depend on how
+  many devices there are. It is the smallest divisor of the batch whose shares are right to
+  SHARE_TOLERANCE, or the batch itself.
+  """
+  shares = np.array([s.rows for s in streams])
+  for size in range(1, batch_size):
+    if batch_size % size == 0:
+      edges = np.round(shares * size)
+      error = np.abs((edges[:, 1] - edges[:, 0]) / size - (shares[:, 1] - shares[:, 0]))
+      if (edges[:, 1] > edges[:, 0]).all() and error.max() <= SHARE_TOLERANCE:
+        return size
+  return batch_size
+
+
+def stream_rows(stream: Stream, size: int) -> tuple[int, int]:
+  """The stream's rows (from, to) within a pattern of `size` rows."""
+  start, stop = (round(edge * size) for edge in stream.rows)
+  return start, stop
+
+
+def take_rows(x: Array, rows: tuple[int, int], size: int) -> Array:
+  """Rows `from`..`to` of every `size` rows of x: a slice inside each device's share."""
+  grouped = x.reshape(-1, size, *x.shape[1:])[:, rows[0] : rows[1]]
+  return grouped.reshape(-1, *x.shape[1:])
+
+
+def _check_term(name: str, term: Term, stream: Stream, model: AutoEncoder, path: Path) -> None:
+  where = f"streams.{stream.name}.terms.{name}"
+  if term.head not in model.heads:
+    raise ValueError(
+      f"{where}: head={term.head!r} is not among the model's heads {model.heads}. "
+      "Add it to model.heads or score another head."
+    )
+  if term.where not in WHERE:
+    raise ValueError(f"{where}: where={term.where!r} is not one of {list(WHERE)}.")
+  if term.where == "masked" and model.keep(stream.mask_ratio) == model.tokens:
+    raise ValueError(
+      f"{where} scores masked tokens but mask_ratio={stream.mask_ratio} masks none of "
+      f"{model.tokens}. Set where='all' or a larger mask_ratio."
+    )
+  if stream.timesteps == "clean" and path.unpredictable(term.head)[0]:
+    raise ValueError(
+      f"{where}: head={term.head!r} asks for noise at timesteps='clean', where the input has "
+      "none. Score 'x0' there, or draw other timesteps."
+    )
+
+
+def check(streams: Sequence[Stream], model: AutoEncoder, path: Path, batch_size: int) -> None:
+  """Raises ValueError, naming value and remedy, for streams that cannot mean what they say."""
+  if not streams:
+    raise ValueError("streams is empty: there is nothing to train. Name at least one stream.")
+  size = period(streams, batch_size)
+  for s in streams:
+    if s.timesteps not in TIMESTEPS:
+      raise ValueError(
+        f"streams.{s.name}: timesteps={s.timesteps!r} is not one of {list(TIMESTEPS)}."
+      )
+    if not 0 <= s.rows[0] < s.rows[1] <= 1:
+      raise ValueError(
+        f"streams.{s.name}: rows={s.rows} must satisfy 0 <= from < to <= 1 (fractions)."
+      )
+    start, stop = stream_rows(s, size)
+    if stop == start:
+      raise ValueError(
+        f"streams.{s.name}: rows={s.rows} rounds to no row of a batch of {batch_size}. "
+        "Enlarge batch_size or the share."
+      )
+    if not s.terms:
+      raise ValueError(f"streams.{s.name} has no terms. Give it at least one.")
+    for name, term in s.terms.items():
+      _check_term(name, term, s, model, path)
+
+
+def score(
+  model: AutoEncoder,
+  path: Path,
+  stream: Stream,
+  params,
+  x0: Float[Array, "b h w c"],
+  labels: Int[Array, "b"] | None,
+  t: Int[Array, "b"],
+  eps: Float[Array, "b h w c"],
+  mask_noise: Float[Array, "b n"],
+) -> dict[str, Float[Array, "b"]]:
+  """Every term of a stream, per example, for given timesteps, noise and mask noise (eq. 3-5).
+
+  Returns `{term: [B]}`: squared error, mean over the scored tokens, their pixels and channels,
+  without the term's weight.
+  """
+  keep = model.keep(stream.mask_ratio)
+  mask = mask_from_noise(mask_noise, keep) if keep < model.tokens else None
+  masked = jnp.zeros_like(mask_noise) if mask is None else mask.masked
+  x_t = path.combine("x_t", x0, eps, t)
+  preds = model.apply({"params": params}, x_t, t, labels, mask)
+  out = {}
+  for name, term in stream.terms.items():
+    target = patchify(path.combine(term.head, x0, eps, t), model.shape.patch)
+    error = jnp.square(preds[term.head] - target).mean(axis=-1)
+    weight = WHERE[term.where](masked)
+    out[name] = (error * weight).sum(axis=1) / weight.sum(axis=1)
+  return out
+
+
+def make_loss(
+  model: AutoEncoder,
+  path: Path,
+  streams: Sequence[Stream],
+  batch_size: int,
+  label_drop_prob: float = 0.0,
+) -> Callable:
+  """Builds `loss(params, batch, key) -> (loss, {"stream/term": value})`.
+
+  Each stream counts by its realised share of the rows, its terms by their weights: for UMD,
+  L = r0 L(t=0) + (1 - r0) L(t>=1).
+
+  Args:
+    model: predicts the heads that the terms score.
+    path: mixes images and noise.
+    streams: see `Stream`; checked here.
+    batch_size: B, over all devices.
+    label_drop_prob: probability of showing "no label" instead of a label.
+
+  Raises:
+    ValueError: see `check`.
+  """
+  check(streams, model, path, batch_size)
+  size = period(streams, batch_size)
+
+  def shown_labels(batch, stream, rows, key):
+    if not model.num_classes or not stream.labels:
+      return None
+    labels = take_rows(batch["label"], rows, size)
+    drop = jax.random.bernoulli(key, label_drop_prob, labels.shape)
+    return jnp.where(drop, model.num_classes, labels)
+
+  def loss(params, batch, key):
+    total, metrics = 0.0, {}
+    for i, stream in enumerate(streams):
+      keys = jax.random.split(jax.random.fold_in(key, i), 4)
+      rows = stream_rows(stream, size)
+      x0 = take_rows(batch["image"], rows, size)
+      t = TIMESTEPS[stream.timesteps](jax.random.uniform(keys[0], x0.shape[:1]), path.timesteps)
+      eps = jax.random.normal(keys[1], x0.shape)
+      mask_noise = jax.random.uniform(keys[2], (len(x0), model.tokens))
+      labels = shown_labels(batch, stream, rows, keys[3])
+      scores = score(model, path, stream, params, x0, labels, t, eps, mask_noise)
+      for name, value in scores.items():
+        metrics[f"{stream.name}/{name}"] = value.mean()
+        share = (rows[1] - rows[0]) / size
+        total += share * stream.terms[name].weight * value.mean()
+    return total, metrics
+
+  return loss
