@@ -1,0 +1,234 @@
+"""Where numbers and pictures go: JSON lines, PNG files, TensorBoard and Weights & Biases."""
+
+import dataclasses
+import json
+import os
+import time
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Images:
+  """A picture to be logged: uint8 [H, W, 1 or 3]."""
+
+  pixels: UInt8[np.ndarray, "h w c"]
+
+
+def to_grid(images: np.ndarray, columns: int, scale: int = 1, gap: int = 1) -> Images:
+  """Tiles [n, H, W, C] in [-1, 1] into rows of `columns`, each pixel drawn `scale` x `scale`.
+
+  Pixels are rounded to the nearest of 256 levels; gaps are mid-grey.
+  """
+  n, h, w, c = images.shape
+  rows = -(-n // columns)
+  pixels = np.round((np.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
+  pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+  h, w = h * scale + gap, w * scale + gap
+  grid = np.full((rows * h + gap, columns * w + gap, c), 128, np.uint8)
+  for i, image in enumerate(pixels):
+    y, x = (i // columns) * h + gap, (i % columns) * w + gap
+    grid[y : y + h - gap, x : x + w - gap] = image
+  return Images(grid)
+
+
+def read_jsonl(path: str) -> list[dict]:
+  """The records of a JSON-lines file; a torn last line (a killed writer's) is left out."""
+  if not os.path.exists(path):
+    return []
+  records = []
+  with open(path, encoding="utf-8") as f:
+    for line in f:
+      try:
+        records.append(json.loads(line))
+      except json.JSONDecodeError:
+        break
+  return records
+
+
+class JsonLines:
+  """`metrics.jsonl`: one record per call, {"step": n, name: value, ...}."""
+
+  def __init__(self, workdir: str, start_step: int):
+    """Drops records after `start_step`: a resumed run writes them again."""
+    path = os.path.join(workdir, "metrics.jsonl")
+    self.earlier = [r for r in read_jsonl(path) if r["step"] <= start_step]
+    temporary = path + ".tmp"
+    with open(temporary, "w", encoding="utf-8") as f:
+      f.writelines(json.dumps(r) + "\n" for r in self.earlier)
+    os.replace(temporary, path)
+    self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
+  def scalars(self, step: int, values: dict[str, float]) -> None:
+    self._file.write(json.dumps({"step": step, **values}) + "\n")
+    self._file.flush()
+
+  def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+    pass
+
+  def flush(self) -> None:
+    os.fsync(self._file.fileno())
+
+  def close(self) -> None:
+    self._file.close()
+
+
+class PngFolder:
+  """`images/<name>_<step>.png`."""
+
+  def __init__(self, workdir: str):
+    self._folder = os.path.join(workdir, "images")
+
+  def scalars(self, step: int, values: dict[str, float]) -> None:
+    pass
+
+  def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+    import tensorflow as tf
+
+    path = os.path.join(self._folder, f"{name}_{step:08d}.png")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    tf.io.write_file(path, tf.io.encode_png(pixels))
+
+  def flush(self) -> None:
+    pass
+
+  def close(self) -> None:
+    pass
+
+
+class TensorBoard:
+  """Event files in `tensorboard/`, written by clu on a thread of its own."""
+
+  def __init__(self, workdir: str):
+    from clu import metric_writers
+
+    logdir = os.path.join(workdir, "tensorboard")
+    self._writer = metric_writers.AsyncMultiWriter([metric_writers.SummaryWriter(logdir)])
+
+  def scalars(self, step: int, values: dict[str, float]) -> None:
+    self._writer.write_scalars(step, values)
+
+  def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+    self._writer.write_images(step, {name: pixels[None]})
+
+  def flush(self) -> None:
+    self._writer.flush()
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+class Wandb:
+  """Weights & Biases. Whatever goes wrong there is a warning, never the end of a run."""
+
+  def __init__(self, workdir: str, config: dict, key: str | None, **settings):
+    """Starts the run, or continues the one that `wandb_id` in the workdir names.
+
+    Args:
+      workdir: also where offline data goes.
+      config: shown beside the curves.
+      key: API key, None to use the login of the machine.
+      **settings: mode ("online" or "offline"), project, entity, name.
+    """
+    self._run = self._attempt(self._start, workdir, config, key, settings)
+
+  def _start(self, workdir, config, key, settings):
+    import wandb
+
+    if key and settings["mode"] == "online":
+      wandb.login(key=key)
+    id_file = os.path.join(workdir, "wandb_id")
+    if not os.path.exists(id_file):
+      with open(id_file, "w", encoding="utf-8") as f:
+        f.write(wandb.util.generate_id())
+    with open(id_file, encoding="utf-8") as f:
+      run_id = f.read()
+    return wandb.init(dir=workdir, config=config, id=run_id, resume="allow", **settings)
+
+  def _attempt(self, call, *args, **kwargs):
+    try:
+      return call(*args, **kwargs)
+    except Exception as error:  # Any failure of a remote service: the run goes on without it.
+      warnings.warn(f"wandb: {error}. The run goes on; metrics.jsonl has everything.", stacklevel=2)
+      return None
+
+  def scalars(self, step: int, values: dict[str, float]) -> None:
+    if self._run:
+      self._attempt(self._run.log, values, step=step)
+
+  def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+    if self._run:
+      import wandb
+
+      self._attempt(self._run.log, {name: wandb.Image(pixels)}, step=step)
+
+  def flush(self) -> None:
+    pass
+
+  def close(self) -> None:
+    if self._run:
+      self._attempt(self._run.finish)
+
+
+class Writer:
+  """Sends every value to every sink by its type: floats as scalars, `Images` as pictures."""
+
+  def __init__(self, sinks: list, earlier: Sequence[dict] = ()):
+    """Writes to `sinks`; `earlier` are the records of the run before this start."""
+    self._sinks = sinks
+    self.latest = {k: v for record in earlier for k, v in record.items() if k != "step"}
+
+  def write(self, step: int, values: dict[str, float | Images]) -> None:
+    scalars = {k: float(v) for k, v in values.items() if not isinstance(v, Images)}
+    self.latest.update(scalars)
+    for sink in self._sinks:
+      if scalars:
+        sink.scalars(step, scalars)
+      for name, value in values.items():
+        if isinstance(value, Images):
+          sink.image(step, name, value.pixels)
+
+  def flush(self) -> None:
+    """Returns when everything written is safe on disk, as far as the sinks can tell."""
+    for sink in self._sinks:
+      sink.flush()
+
+  def close(self) -> None:
+    for sink in self._sinks:
+      sink.close()
+
+
+class Progress:
+  """Speed and remaining time of a loop of `steps` steps; pauses do not count."""
+
+  def __init__(self, steps: int, start_step: int, batch_size: int):
+    self._steps, self._batch_size = steps, batch_size
+    self._seconds, self._done, self._compiled = 0.0, 0, False
+    self.resume(start_step)
+
+  def resume(self, step: int) -> None:
+    """Starts the clock (again) before step `step`."""
+    self._step, self._time = step, time.perf_counter()
+
+  def tick(self, step: int) -> dict[str, float]:
+    """{images_per_second, eta_seconds} at `step`, over the time since the last call."""
+    now = time.perf_counter()
+    seconds, done = now - self._time, step - self._step
+    self._step, self._time = step, now
+    if self._compiled:
+      self._seconds, self._done = self._seconds + seconds, self._done + done
+    # The first stretch holds the compilation: it is forgotten once there is a second.
+    total, count = (self._seconds, self._done) if self._compiled else (seconds, done)
+    self._compiled = True
+    eta = total / max(count, 1) * (self._steps - step)
+    return {"images_per_second": done * self._batch_size / max(seconds, 1e-9), "eta_seconds": eta}
+
+
+def format_seconds(seconds: float) -> str:
+  """95 -> "1:35"; 3700 -> "1:01:40"."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,50 @@
+"""Where arrays live: a mesh over all devices, the batch split along it, parameters replicated."""
+
+import collections
+import itertools
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+DATA_AXIS = "data"
+
+
+def make_mesh(devices=None) -> Mesh:
+  """One axis, "data", over all devices of all processes (or over `devices`)."""
+  devices = jax.devices() if devices is None else devices
+  return Mesh(np.asarray(devices), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """The leading axis split over all devices."""
+  return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The whole array on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def check_divides(key: str, batch_size: int, mesh: Mesh) -> None:
+  """Raises ValueError unless a batch can be dealt out evenly to all devices."""
+  if batch_size < 1 or batch_size % mesh.size:
+    raise ValueError(
+      f"{key}={batch_size} must be a positive multiple of the {mesh.size} devices. "
+      f"Set it to {max(1, round(batch_size / mesh.size)) * mesh.size}."
+    )
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """This process's rows of a batch -> global arrays, without waiting for the copy."""
+  sharding = batch_sharding(mesh)
+  return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def prefetch(batches: Iterator, mesh: Mesh, size: int = 2) -> Iterator[dict[str, jax.Array]]:
+  """Keeps `size` batches on their way to the devices while one is being worked on."""
+  queue = collections.deque(put_batch(b, mesh) for b in itertools.islice(batches, size))
+  while queue:
+    yield queue.popleft()
+    queue.extend(put_batch(b, mesh) for b in itertools.islice(batches, 1))
