@@ -1,0 +1,58 @@
+"""Evaluators: each looks at a train state and yields (name, number or picture) pairs.
+
+An evaluator is a module here with a class `Evaluator(context, **settings)`; calling it with a
+`TrainState` yields `(name, float | Images)`.
+"""
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+
+from evaluators.context import Context
+
+__all__ = ["Context", "Scheduled", "from_config"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheduled:
+  """An evaluator and when it runs: every `every` steps and after the last one."""
+
+  name: str
+  every: int
+  evaluator: Callable
+
+  def due(self, step: int, steps: int) -> bool:
+    return step == steps or step % self.every == 0
+
+
+def known() -> list[str]:
+  """Names of the modules that hold an evaluator."""
+  not_evaluators = {"context", "classifier", "ridge"}
+  return sorted({m.name for m in pkgutil.iter_modules(__path__)} - not_evaluators)
+
+
+def from_config(configs: Mapping[str, Mapping], context: Context) -> list[Scheduled]:
+  """Builds the evaluators of a config's `evals`.
+
+  Args:
+    configs: {name: {type, every, **settings}}; `name` prefixes the metrics, `type` is the module.
+    context: shared by all.
+
+  Raises:
+    ValueError: a type, an interval or a setting that does not exist; names the known ones.
+  """
+  scheduled = []
+  for name, config in configs.items():
+    settings = dict(config)
+    kind, every = settings.pop("type", None), settings.pop("every", None)
+    if kind not in known():
+      raise ValueError(f"evals.{name}.type={kind!r} is not one of {known()}.")
+    if not isinstance(every, int) or every < 1:
+      raise ValueError(f"evals.{name}.every={every!r} must be a number of steps, at least 1.")
+    make = importlib.import_module(f"evaluators.{kind}").Evaluator
+    try:
+      scheduled.append(Scheduled(name, every, make(context, **settings)))
+    except (TypeError, ValueError) as error:
+      raise ValueError(f"evals.{name}: {error}") from error
+  return scheduled

@@ -1,0 +1,51 @@
+"""What every evaluator is given, and the one way in which evaluators run over a data set."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from umd.data import Source, eval_batches
+from umd.inference import Inference
+from umd.objectives import Stream
+from umd.sharding import prefetch, replicated
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """What an evaluator may use.
+
+  Attributes:
+    inference: the model and its path.
+    streams: what it is trained on.
+    mesh: all devices.
+    batch_size: of evaluation, over all devices; results do not depend on it.
+    seed: of everything random in evaluation.
+    cache: folder for what is computed once per workdir.
+  """
+
+  inference: Inference
+  streams: Sequence[Stream]
+  mesh: Mesh
+  batch_size: int
+  seed: int
+  cache: str
+
+  def jit(self, fn: Callable) -> Callable:
+    """Compiles `fn(params, batch) -> {name: [B, ...]}`; every process gets the whole result."""
+    return jax.jit(fn, out_shardings=replicated(self.mesh))
+
+  def map(self, fn: Callable, params, source: Source) -> dict[str, np.ndarray]:
+    """Runs a jitted `fn(params, batch)` over the source.
+
+    Returns {name: [n, ...]}, one row per example in the source's order; the rows that fill up the
+    last batch are gone.
+    """
+    place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    parts = []
+    for batch in prefetch(eval_batches(source, self.batch_size, **place), self.mesh):
+      parts.append(fn(params, batch))
+    whole = {k: np.concatenate([np.asarray(p[k]) for p in parts]) for k in parts[0]}
+    return {k: v[: len(source)] for k, v in whole.items()}
