@@ -1,0 +1,67 @@
+"""Trains what a config describes: python -m train --config CONFIG[:ARGUMENTS] --workdir DIR."""
+
+import os
+import sys
+import traceback
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow only reads files here.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file(
+  "config",
+  None,
+  "What to train: a file of configs/, with arguments behind a colon.",
+  lock_config=True,
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command resumes it.")
+KEY = flags.DEFINE_string("key", None, "API key of Weights & Biases; switches it on.")
+
+EXAMPLE = "python -m train --config configs/quickstart.py:method=umd --workdir runs/quickstart"
+
+
+def _is_user_error(error: Exception) -> bool:
+  """Whether our own code raised it to say what is wrong with the input."""
+  if not isinstance(error, (ValueError, FileNotFoundError, FloatingPointError)):
+    return False
+  raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+  here = os.path.dirname(os.path.abspath(__file__))
+  return os.path.abspath(raised_in).startswith(here) and "site-packages" not in raised_in
+
+
+def _fail(error: Exception) -> None:
+  """Ends with the message alone if it is meant for the user, with a traceback otherwise."""
+  if not _is_user_error(error):
+    raise error
+  print(f"error: {error}", file=sys.stderr)
+  sys.exit(2)
+
+
+def _parse_flags(argv):
+  try:
+    return app.parse_flags_with_usage(argv)
+  except ValueError as error:
+    return _fail(error)
+
+
+def main(argv):
+  if len(argv) > 1 or CONFIG.value is None or WORKDIR.value is None:
+    sys.exit(f"error: --config and --workdir are needed, nothing else. Example:\n  {EXAMPLE}")
+  if "://" in WORKDIR.value:
+    sys.exit(f"error: --workdir={WORKDIR.value} must be a folder of this machine, not an address.")
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save otherwise.
+  from trainers import stages  # Imports JAX: after the flags are known to be right.
+
+  config = CONFIG.value
+  try:
+    summaries = stages.run(config, WORKDIR.value, KEY.value)
+  except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    _fail(error)
+  print(stages.table(summaries), flush=True)
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=_parse_flags)

@@ -1,0 +1,1 @@
+"""Trainers: modules with `run(config, workdir, ...)`, the only readers of configs."""
