@@ -122,7 +122,9 @@ def _pretrain(a) -> dict:
 
 def _finetune(a) -> dict:
   digits = dict(data="digits", train_split="train", test_split="test", every=300)
-  sampling = dict(sampler="ddim", steps=a.sampling_steps, cfg_scale=a.cfg_scale)
+  # At the end of the flow path x_t is all noise: eps is no news there, x0 is.
+  head = "x0" if a.path == "flow" else "eps"
+  sampling = dict(sampler="ddim", steps=a.sampling_steps, cfg_scale=a.cfg_scale, head=head)
   clean = 0.05 if a.no_noise_prob > 0 else 0.0
   return dict(
     **_stage(a),

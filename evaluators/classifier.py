@@ -23,7 +23,7 @@ EPOCHS, BATCH, PEAK_LR, WEIGHT_DECAY = 30, 64, 3e-3, 1e-2
 
 
 class Classifier(nn.Module):
-  """Two convolutions, a pool and a hidden layer; returns (logits [B, classes], features [B, 64])."""
+  """Two convolutions, a pool, a hidden layer -> (logits [B, classes], features [B, 64])."""
 
   num_classes: int
 

@@ -1,5 +1,6 @@
 """Trains a masked-diffusion auto-encoder: MAE, UMD, DiT, MaskDiT, as its config's streams say."""
 
+import contextlib
 import os
 import time
 
@@ -149,8 +150,10 @@ def run(config: ConfigDict, workdir: str, name: str, wandb_key: str | None = Non
         began = time.perf_counter()
         values = {f"{s.name}/{k}": v for k, v in s.evaluator(state)}
         writer.write(step, values)
-        shown = [f"{k} {values[k]:.4g}" for k in config.summary if k in values]
-        say(f"{s.name} at step {step} ({time.perf_counter() - began:.0f} s) {', '.join(shown)}")
+        seconds = time.perf_counter() - began
+        shown = [k for k in config.summary if k in values]
+        numbers = "  ".join(f"{k.removeprefix(s.name + '/')} {values[k]:.4g}" for k in shown)
+        say(f"step {step}  {s.name} ({seconds:.0f} s)  {numbers}")
 
   def log(step):
     values, pace = pending.drain(), progress.tick(step)
@@ -170,28 +173,28 @@ def run(config: ConfigDict, workdir: str, name: str, wandb_key: str | None = Non
     **place,
   )
   pending, progress = StepMetrics(), metrics.Progress(config.steps, step, config.batch_size)
-  for batch in sharding.prefetch(batches, mesh):
-    if step == config.steps:
-      break
-    state, values = step_fn(state, batch)
-    step += 1
-    pending.add(step, values)
-    last = step == config.steps
-    evaluating = any(s.due(step, config.steps) for s in scheduled)
-    saving = last or step % config.checkpoint.every == 0
-    if last or evaluating or saving or step % config.log_every == 0:
-      log(step)
-    if evaluating:
-      evaluate(step)
-    if saving:
-      # After the metrics are safe: a checkpoint promises that everything up to it is written.
-      writer.flush()
-      checkpoints.save(state, step, {"position": step * config.batch_size})
-    if evaluating:
-      progress.resume(step)
+  # However the loop ends, a save under way is completed and the logs are closed.
+  with contextlib.closing(checkpoints), contextlib.closing(writer):
+    for batch in sharding.prefetch(batches, mesh):
+      if step == config.steps:
+        break
+      state, values = step_fn(state, batch)
+      step += 1
+      pending.add(step, values)
+      last = step == config.steps
+      evaluating = any(s.due(step, config.steps) for s in scheduled)
+      saving = last or step % config.checkpoint.every == 0
+      if last or evaluating or saving or step % config.log_every == 0:
+        log(step)
+      if evaluating:
+        evaluate(step)
+      if saving:
+        # After the metrics are safe: a checkpoint promises that everything up to it is written.
+        writer.flush()
+        checkpoints.save(state, step, {"position": step * config.batch_size})
+      if evaluating:
+        progress.resume(step)
 
-  checkpoints.close()
-  writer.close()
   summary = {
     "name": name,
     "step": step,

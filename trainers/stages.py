@@ -22,7 +22,8 @@ def stages(config: ConfigDict, workdir: str) -> list[tuple[str, ConfigDict, str]
 def run(config: ConfigDict, workdir: str, wandb_key: str | None = None) -> list[dict]:
   """Runs every stage that is not finished; returns the summaries of all.
 
-  `init_from` of a stage may be the name of an earlier one or any run's workdir.
+  `init_from` of a stage may be the name of an earlier one or any run's workdir. A key for Weights &
+  Biases switches it on.
   """
   summaries, folders = [], {}
   for name, stage, stage_dir in stages(config, workdir):
@@ -30,6 +31,8 @@ def run(config: ConfigDict, workdir: str, wandb_key: str | None = None) -> list[
     with stage.unlocked():
       stage.init_from = folders.get(stage.init_from, stage.init_from)
       stage.cache = os.path.join(workdir, "cache")
+      if wandb_key and stage.wandb.mode == "disabled":
+        stage.wandb.mode = "online"
     summary = folder.finished(stage_dir)
     if summary:
       print(f"[{name}] is finished (step {summary['step']}), see {stage_dir}", flush=True)

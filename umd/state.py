@@ -115,8 +115,8 @@ def make_train_step(
       "loss": total,
       **{f"loss/{k}": v for k, v in terms.items()},
       "lr": schedule(state.step),
-      "grad_norm": optax.global_norm(grads),
-      "param_norm": optax.global_norm(params),
+      "grad_norm": optax.tree.norm(grads),
+      "param_norm": optax.tree.norm(params),
     }
     return TrainState(state.step + 1, params, ema, opt_state), metrics
 
