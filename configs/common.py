@@ -4,14 +4,14 @@ import difflib
 
 from ml_collections import ConfigDict
 
-# The two toggles of the paper, and what else a method's published command sets.
+# The toggles of the paper.
 #   no_noise_prob: share of the batch that stays clean (t = 0).
 #   mask_ratio: of the noised part; mask_ratio_no_noise: of the clean part.
 METHODS = {
-  "mae": dict(no_noise_prob=1.0, mask_ratio=0.0, mask_ratio_no_noise=0.75, adaln=False),
-  "umd": dict(no_noise_prob=0.5, mask_ratio=0.375, mask_ratio_no_noise=0.75, adaln=True),
-  "dit": dict(no_noise_prob=0.0, mask_ratio=0.0, mask_ratio_no_noise=0.75, adaln=True),
-  "maskdit": dict(no_noise_prob=0.0, mask_ratio=0.5, mask_ratio_no_noise=0.75, adaln=True),
+  "mae": dict(no_noise_prob=1.0, mask_ratio=0.0, mask_ratio_no_noise=0.75),
+  "umd": dict(no_noise_prob=0.5, mask_ratio=0.375, mask_ratio_no_noise=0.75),
+  "dit": dict(no_noise_prob=0.0, mask_ratio=0.0, mask_ratio_no_noise=0.75),
+  "maskdit": dict(no_noise_prob=0.0, mask_ratio=0.5, mask_ratio_no_noise=0.75),
 }
 
 TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")

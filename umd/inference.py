@@ -43,7 +43,7 @@ class Inference:
 
   def represent(
     self, params, images: Float[Array, "b h w c"], keys: Array, t: int = 0
-  ) -> dict[str, Float[Array, "b d"]]:
+  ) -> dict[str, Float[Array, "b _"]]:
     """Representations of images noised to timestep t (0: clean), a key per example.
 
     Returns {"class": [B, D], "patches": [B, N * D]}: the mean of the class tokens, which is the

@@ -1,5 +1,6 @@
 """Images as tokens, and which of them a network gets to see. All shapes are static."""
 
+import math
 from typing import NamedTuple
 
 import einops
@@ -48,7 +49,7 @@ def num_kept(tokens: int, ratio: float) -> int:
   if keep == 0:
     raise ValueError(
       f"mask_ratio={ratio} keeps none of {tokens} tokens. "
-      f"Set it to at most {1 - 1 / tokens:.4f}, or make the patch smaller."
+      f"Set it to at most {math.floor(1e4 * (1 - 1 / tokens)) / 1e4}, or make the patch smaller."
     )
   return keep
 

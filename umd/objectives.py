@@ -114,7 +114,7 @@ def _check_term(name: str, term: Term, stream: Stream, model: AutoEncoder, path:
       f"{where} scores masked tokens but mask_ratio={stream.mask_ratio} masks none of "
       f"{model.tokens}. Set where='all' or a larger mask_ratio."
     )
-  if stream.timesteps == "clean" and path.unpredictable(term.head)[0]:
+  if path.unpredictable(term.head)[0] and stream.timesteps == "clean":
     raise ValueError(
       f"{where}: head={term.head!r} asks for noise at timesteps='clean', where the input has "
       "none. Score 'x0' there, or draw other timesteps."
@@ -141,6 +141,7 @@ def check(streams: Sequence[Stream], model: AutoEncoder, path: Path, batch_size:
         f"streams.{s.name}: rows={s.rows} rounds to no row of a batch of {batch_size}. "
         "Enlarge batch_size or the share."
       )
+    model.keep(s.mask_ratio)  # Raises if the encoder would see nothing.
     if not s.terms:
       raise ValueError(f"streams.{s.name} has no terms. Give it at least one.")
     for name, term in s.terms.items():

@@ -43,10 +43,13 @@ class Path:
     Raises:
       ValueError: `kind` is not one of "x_t", "x0", "eps", "v".
     """
+    table = jnp.asarray(self._rows(kind), jnp.float32)
+    return table[t, 0], table[t, 1]
+
+  def _rows(self, kind: str) -> np.ndarray:
     if kind not in self.table:
       raise ValueError(f"Unknown quantity {kind!r}; a path knows {sorted(self.table)}.")
-    table = jnp.asarray(self.table[kind], jnp.float32)
-    return table[t, 0], table[t, 1]
+    return self.table[kind]
 
   def combine(
     self, kind: str, x0: Float[Array, "b ..."], eps: Float[Array, "b ..."], t: Int[Array, "*b"]
@@ -69,15 +72,21 @@ class Path:
 
   def singular(self, kind: str) -> np.ndarray:
     """Timesteps, bool `[T + 1]`, at which (x_t, `kind`) does not determine (x0, eps)."""
-    (alpha, sigma), (a, b) = self.table["x_t"].T, self.table[kind].T
+    (alpha, sigma), (a, b) = self._rows("x_t").T, self._rows(kind).T
     return alpha * b == sigma * a
 
   def unpredictable(self, kind: str) -> np.ndarray:
     """Timesteps, bool `[T + 1]`, at which `kind` asks for noise that x_t does not contain."""
-    return (self.table["x_t"][:, 1] == 0) & (self.table[kind][:, 1] != 0)
+    return (self._rows("x_t")[:, 1] == 0) & (self._rows(kind)[:, 1] != 0)
 
 
-def _make(name: str, alpha: np.ndarray, sigma: np.ndarray, v: tuple, time: np.ndarray) -> Path:
+def _make(
+  name: str,
+  alpha: np.ndarray,
+  sigma: np.ndarray,
+  v: tuple[np.ndarray, np.ndarray],
+  time: np.ndarray,
+) -> Path:
   ones, zeros = np.ones_like(alpha), np.zeros_like(alpha)
   rows = {"x_t": (alpha, sigma), "x0": (ones, zeros), "eps": (zeros, ones), "v": v}
   return Path(name, {k: np.stack(r, axis=1) for k, r in rows.items()}, time)

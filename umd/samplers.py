@@ -67,7 +67,13 @@ def _posterior_std(path: Path, t: Int[Array, ""], s: Int[Array, ""]) -> Float[Ar
 def ddim(
   denoise: Denoiser, path: Path, x: Images, keys: Array, steps: int, eta: float = 0.0
 ) -> Images:
-  """DDIM (Song et al. 2021), eq. 12, for any path; eta = 0 is deterministic, 1 is ancestral."""
+  """DDIM (Song et al. 2021), eq. 12, for any path; eta = 0 is deterministic, 1 is ancestral.
+
+  Raises:
+    ValueError: eta is outside [0, 1], where the noise would exceed what x_s holds.
+  """
+  if not 0 <= eta <= 1:
+    raise ValueError(f"eta={eta} must be in [0, 1]: 0 is deterministic, 1 ancestral.")
 
   def step(x, t, s):
     x0, eps = denoise(x, t)
@@ -98,6 +104,10 @@ def heun(denoise: Denoiser, path: Path, x: Images, keys: Array, steps: int) -> I
   Predicts with a DDIM step, corrects with the mean of the velocities at both ends. v stays finite
   at both ends of every path, where 1 / alpha and 1 / sigma do not. The last step is DDIM's alone:
   at t = 0 there is nothing left to denoise. Two evaluations a step, but for the last.
+
+  On the flow path the error falls with the square of the number of steps. The cosine and linear
+  schedules leave t = 0 like sqrt(t), so there the last step is long and the order lies between
+  one and two.
   """
   time = jnp.asarray(path.time, jnp.float32)
 

@@ -39,7 +39,7 @@ class Shape:
 
 
 def parse_variant(variant: str) -> Shape:
-  """ "B/4" -> Shape; raises ValueError naming the known sizes."""
+  """Reads a variant such as "B/4"; raises ValueError naming the known sizes."""
   size, _, patch = variant.partition("/")
   if size not in SIZES or not patch.isdigit() or int(patch) < 1:
     raise ValueError(
