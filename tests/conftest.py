@@ -1,0 +1,53 @@
+"""Four virtual CPU devices, shapes checked at trace time, and tiny models, for every test."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = " ".join(
+  [
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_force_host_platform_device_count=4",
+    # Tests compile for longer than they run: these two make compilation five times faster.
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+  ]
+)
+os.environ["NPROC"] = "32"  # virtual devices wait for one another: each needs a thread
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+
+import jaxtyping
+import pytest
+
+CHECKED = ["paths", "masking", "samplers", "objectives", "inference", "fid", "models"]
+# As in PEP 484, an int will do where a float is asked for.
+TYPECHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+jaxtyping.install_import_hook([f"umd.{name}" for name in CHECKED], TYPECHECKER)
+
+
+def random_params(model, seed=0):
+  """A random value for every parameter: zero-initialised AdaLN would hide the condition."""
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+
+  images, t = jnp.zeros((1, *model.image_size)), jnp.zeros(1, jnp.int32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), images, t)["params"]
+  rng = np.random.default_rng(seed)
+
+  def draw(path, leaf):
+    values = 0.2 * rng.standard_normal(leaf.shape) + (path[-1].key == "scale")
+    return jnp.asarray(values, leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@pytest.fixture(scope="session")
+def nano():
+  """`nano(**attributes) -> (model, random parameters)`: 16 px images of 16 tokens by default."""
+  from umd.models.autoencoder import AutoEncoder
+
+  def build(variant="nano/4", image_size=(16, 16, 3), **attributes):
+    model = AutoEncoder(variant, image_size, **attributes)
+    return model, random_params(model)
+
+  return build

@@ -1,0 +1,267 @@
+"""Samplers: against the exact denoiser of Gaussian data, whose probability flow is known."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from umd import samplers
+from umd.inference import Inference
+from umd.masking import unpatchify
+from umd.paths import PATHS, Path, make_path
+
+T, MU, SD = 960, 0.3, 0.5
+EVERY = {
+  "ddim": samplers.ddim,
+  "ddim, eta .5": functools.partial(samplers.ddim, eta=0.5),
+  "ddim, eta 1": functools.partial(samplers.ddim, eta=1.0),
+  "ddpm": samplers.ddpm,
+  "heun": samplers.heun,
+}
+
+every_path = pytest.mark.parametrize("name", PATHS)
+every_sampler = pytest.mark.parametrize("sampler", EVERY)
+
+
+def gaussian(path, mu=MU, sd=SD):
+  """The exact denoiser of data N(mu, sd^2); sd = 0 puts all of it at mu."""
+
+  def denoise(x_t, t):
+    alpha, sigma = path.coefs("x_t", t)
+    x0 = mu + alpha * sd**2 / (alpha**2 * sd**2 + sigma**2) * (x_t - alpha * mu)
+    return x0, (x_t - alpha * x0) / sigma
+
+  return denoise
+
+
+def normal(count, seed=0):
+  return jax.random.normal(jax.random.key(seed), (count, 1, 1, 1))
+
+
+def keys_for(count, seed=1):
+  return jax.random.split(jax.random.key(seed), count)
+
+
+def run(sampler, path, x, steps, denoise=None):
+  walk = jax.jit(lambda x, keys: sampler(denoise or gaussian(path), path, x, keys, steps))
+  return np.asarray(walk(x, keys_for(len(x))))
+
+
+@every_path
+@every_sampler
+def test_samples_of_the_exact_denoiser_have_the_moments_of_the_data(name, sampler):
+  samples = run(EVERY[sampler], make_path(name, T), normal(4096), 240)
+  assert samples.mean() == pytest.approx(MU, abs=0.03)
+  assert samples.std() == pytest.approx(SD, abs=0.03)
+
+
+def flow_error(sampler, path, steps):
+  """Largest distance from the exact probability flow, x_T in [-2, 2]."""
+  x = jnp.linspace(-2, 2, 9).reshape(-1, 1, 1, 1)
+  alpha, sigma = path.table["x_t"][-1]
+  exact = MU + SD * (x - alpha * MU) / np.sqrt(alpha**2 * SD**2 + sigma**2)
+  return np.abs(run(sampler, path, x, steps) - exact).max()
+
+
+def even_angles():
+  """VP path whose timesteps are evenly spaced along its quarter circle."""
+  angle = np.linspace(0, np.pi / 2, T + 1)
+  alpha, sigma = np.cos(angle), np.sin(angle)
+  rows = {"x_t": (alpha, sigma), "v": (-sigma, alpha)}
+  return Path("even", {kind: np.stack(r, axis=1) for kind, r in rows.items()}, angle)
+
+
+@pytest.mark.parametrize(
+  "sampler, name, low, high",
+  [
+    *(("ddim", name, 1.85, 2.15) for name in (*PATHS, "even")),
+    ("heun", "flow", 3.7, 4.7),
+    ("heun", "even", 3.7, 4.7),
+    # These leave t = 0 like sqrt(t), so the last step, which is DDIM's, shrinks too slowly.
+    ("heun", "cosine", 2.4, 3.4),
+    ("heun", "linear", 2.4, 3.4),
+  ],
+)
+def test_doubling_the_steps_divides_the_error_by_the_order(sampler, name, low, high):
+  path = even_angles() if name == "even" else make_path(name, T)
+  coarse, fine = (flow_error(EVERY[sampler], path, steps) for steps in (40, 80))
+  assert low < coarse / fine < high
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_heun_beats_ddim_at_the_same_number_of_evaluations(name):
+  path = make_path(name, T)
+  assert flow_error(samplers.heun, path, 20) < flow_error(samplers.ddim, path, 40) / 1.5
+
+
+@pytest.mark.parametrize("name, steps", [("cosine", 3), ("linear", 1), ("flow", 10)])
+@every_sampler
+def test_a_point_is_reached_exactly(name, sampler, steps):
+  path = make_path(name, 10)
+  samples = run(EVERY[sampler], path, normal(8), steps, gaussian(path, sd=0.0))
+  np.testing.assert_allclose(samples, MU, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name, steps", [("cosine", T), ("linear", 10), ("flow", T)])
+def test_ddpm_is_ddim_with_eta_1(name, steps):
+  path, x = make_path(name, T), normal(64)
+  ddpm, ddim = (run(EVERY[sampler], path, x, steps) for sampler in ("ddpm", "ddim, eta 1"))
+  np.testing.assert_allclose(ddpm, ddim, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_adds_the_noise_of_song_et_al(name, eta):
+  path, x = make_path(name, T), normal(4096)
+
+  def identity(x_t, t):
+    return x_t, jnp.zeros_like(x_t)
+
+  # Two steps: T -> T / 2 adds noise, T / 2 -> 0 none.
+  samples = run(functools.partial(samplers.ddim, eta=eta), path, x, 2, identity)
+  alpha_bar_t, alpha_bar_s = path.table["x_t"][[T, T // 2], 0] ** 2
+  std = eta * np.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s))
+  noise = samples - np.sqrt(alpha_bar_s) * np.asarray(x)
+  assert noise.std() == pytest.approx(std, rel=0.05, abs=1e-6)
+  assert abs(np.corrcoef(noise.ravel(), x.ravel())[0, 1]) < 0.05 or eta == 0
+
+
+@every_sampler
+def test_an_image_depends_on_its_own_noise_and_key_alone(sampler):
+  path, x, keys = make_path("cosine", 10), normal(4), keys_for(4)
+  walk = jax.jit(lambda x, keys: EVERY[sampler](gaussian(path), path, x, keys, 5).ravel())
+  samples, order = np.asarray(walk(x, keys)), jnp.array([2, 0, 3, 1])
+  np.testing.assert_allclose(walk(x[order], keys[order]), samples[order], rtol=1e-5)
+  changed = walk(x, keys.at[1].set(jax.random.key(9))) != samples
+  np.testing.assert_array_equal(changed, [False, sampler not in ("ddim", "heun"), False, False])
+
+
+@pytest.mark.parametrize("eta", [-0.5, 1.5])
+def test_eta_outside_0_1_is_refused(eta):
+  path = make_path("cosine", 10)
+  with pytest.raises(ValueError, match=rf"eta={eta} must be in \[0, 1\]"):
+    samplers.ddim(gaussian(path), path, normal(2), keys_for(2), 5, eta=eta)
+
+
+@pytest.mark.parametrize("timesteps", [1, 7, 1000])
+def test_every_number_of_steps_falls_strictly_and_evenly_from_T_to_0(timesteps):
+  for steps in range(1, timesteps + 1):
+    ts = samplers.step_schedule(steps, timesteps)
+    assert len(ts) == steps + 1 and (ts[0], ts[-1]) == (timesteps, 0)
+    assert (np.diff(ts) < 0).all(), steps
+    assert np.abs(ts - np.linspace(timesteps, 0, steps + 1)).max() <= 0.5 + 1e-9, steps
+
+
+@pytest.mark.parametrize("steps", [-1, 0, 11])
+@every_sampler
+def test_steps_outside_1_T_are_named(sampler, steps):
+  path = make_path("flow", 10)
+  with pytest.raises(ValueError, match=rf"steps={steps} must be in \[1, timesteps=10\]"):
+    EVERY[sampler](gaussian(path), path, normal(2), keys_for(2), steps)
+
+
+@pytest.mark.parametrize("timesteps, steps", [(10, 1), (10, 10), (1000, 62)])
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_each_step_asks_the_denoiser_once_and_heun_twice_but_for_the_last(
+  sampler, timesteps, steps
+):
+  path, asked = make_path("cosine", timesteps), []
+
+  def denoise(x_t, t):
+    jax.debug.callback(lambda t: asked.append(int(t)), t, ordered=True)
+    return gaussian(path)(x_t, t)
+
+  run(samplers.SAMPLERS[sampler], path, normal(2), steps, denoise)
+  jax.effects_barrier()
+  ts = samplers.step_schedule(steps, timesteps)[:-1].tolist()
+  assert asked == (sorted(ts + ts[1:], reverse=True) if sampler == "heun" else ts)
+
+
+@every_path
+@pytest.mark.parametrize("bound", [1.0, 0.5])
+def test_clipped_x0_is_bounded_and_still_explains_x_t(name, bound):
+  path, x_t = make_path(name, T), normal(64)
+
+  def wild(x_t, t):
+    return 3 * x_t, jnp.full_like(x_t, 100.0)
+
+  for t in map(jnp.int32, (1, T // 2, T)):
+    x0, eps = samplers.clip_x0(wild, path, bound)(x_t, t)
+    np.testing.assert_array_equal(x0, np.clip(3 * np.asarray(x_t), -bound, bound))
+    np.testing.assert_allclose(path.combine("x_t", x0, eps, t), x_t, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def labelled(nano):
+  model, params = nano(num_classes=10, heads=("x0", "eps", "v"))
+  return Inference(model, make_path("cosine", 10)), params
+
+
+LABELS, X_T = jnp.array([3, 7]), jax.random.normal(jax.random.key(5), (2, 16, 16, 3))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(model, params, t, labels):
+  return model.apply({"params": params}, X_T, t, labels)
+
+
+@pytest.mark.parametrize(
+  "head, cfg_scale", [("eps", 0.0), ("eps", 1.0), ("eps", 2.5), ("x0", 2.5), ("v", 2.5)]
+)
+def test_guidance_is_uncond_plus_scale_times_cond_minus_uncond(labelled, head, cfg_scale):
+  (inference, params), t = labelled, 4
+  cond, uncond = (
+    unpatchify(forward(inference.model, params, jnp.full(2, t), labels)[head], 4, (16, 16))
+    for labels in (LABELS, jnp.full(2, 10))
+  )
+  x0, eps = jax.jit(inference.denoiser(params, LABELS, head, cfg_scale))(X_T, jnp.int32(t))
+  assert np.abs(cond - uncond).mean() > 1e-2
+  for kind, want in {"x_t": X_T, head: uncond + cfg_scale * (cond - uncond)}.items():
+    a, b = inference.path.table[kind][t]
+    np.testing.assert_allclose(a * x0 + b * eps, want, rtol=1e-3, atol=1e-3)
+
+
+def test_scale_1_works_without_labels(labelled):
+  inference, params = labelled
+  null, none = (
+    jax.jit(inference.denoiser(params, labels))(X_T, jnp.int32(4))
+    for labels in (jnp.full(2, 10), None)
+  )
+  np.testing.assert_allclose(none[0], null[0], rtol=1e-4, atol=1e-4)
+
+
+def test_sample_draws_from_its_key_clips_x0_and_passes_options_on(labelled):
+  inference, params = labelled
+
+  @functools.partial(jax.jit, static_argnames=("clip_x0", "eta"))
+  def sample(keys, labels=LABELS, clip_x0=True, eta=0.0):
+    options = {"steps": 3, "clip_x0": clip_x0, "eta": eta}
+    return inference.sample(params, keys, labels, **options)
+
+  keys = keys_for(2)
+  images = sample(keys)
+  assert images.shape == (2, 16, 16, 3)
+  assert np.abs(images).max() <= 1 < np.abs(sample(keys, clip_x0=False)).max()
+  np.testing.assert_allclose(sample(keys[::-1], LABELS[::-1]), images[::-1], atol=1e-3)
+  assert np.abs(sample(keys, eta=1.0) - images).mean() > 1e-2
+  assert np.abs(sample(keys_for(2, seed=2)) - images).mean() > 1e-2
+
+
+@pytest.mark.parametrize(
+  "options, labels, message",
+  [
+    ({"head": "eps"}, None, r"head='eps' does not determine x0.*'flow'.*'x0', 'eps'"),
+    ({"head": "v"}, None, r"head='v' is not among the model's heads.*'x0', 'eps'"),
+    ({"head": "x0", "cfg_scale": 2.0}, None, r"cfg_scale=2\.0 guides by labels.*cfg_scale=1"),
+    ({"head": "x0", "cfg_scale": 2.0}, LABELS, r"cfg_scale=2\.0 guides by labels.*cfg_scale=1"),
+    ({"head": "x0", "sampler": "euler"}, None, r"sampler='euler'.*ddim.*ddpm.*heun"),
+    ({"head": "x0", "steps": 11}, None, r"steps=11 must be in \[1, timesteps=10\]"),
+  ],
+)
+def test_a_sample_that_cannot_be_drawn_is_refused_with_a_remedy(nano, options, labels, message):
+  model, params = nano()
+  inference = Inference(model, make_path("flow", 10))
+  with pytest.raises(ValueError, match=message):
+    inference.sample(params, keys_for(2), labels, **options)
