@@ -40,10 +40,19 @@ def _fail(error: Exception) -> None:
 
 
 def _parse_flags(argv):
+  """Parses the flags; what is wrong with them is said in one line."""
   try:
-    return app.parse_flags_with_usage(argv)
-  except ValueError as error:
-    return _fail(error)
+    rest = flags.FLAGS(argv)
+    if CONFIG.value is not None:
+      list(CONFIG.value)  # A file that cannot be read is reported at the first access only.
+    return rest
+  except (flags.Error, AttributeError, KeyError, OSError, ValueError) as error:
+    # What the config itself says lies below what absl and ml_collections wrap around it.
+    chain = [error]
+    while chain[-1].__context__ and not chain[-1].__suppress_context__:
+      chain.append(chain[-1].__context__)
+    told = next((e for e in chain if _is_user_error(e)), error)
+    sys.exit(f"error: {told}\nSee --help, or the top of the config file. Example:\n  {EXAMPLE}")
 
 
 def main(argv):

@@ -29,7 +29,7 @@ ARGUMENTS = dict(
   wd=0.05,  # weight decay of pre-training
   ema_decay=0.998,
   label_drop_prob=0.1,  # of fine-tuning, for classifier-free guidance
-  cfg_scale=1.5,  # classifier-free guidance of the samples; 1 is none
+  cfg_scale=2.0,  # classifier-free guidance of the samples; 1 is none
   sampling_steps=25,
   num_samples=500,
   path="cosine",  # cosine, linear or flow
@@ -71,7 +71,6 @@ def _stage(a) -> dict:
     log_every=50,
     checkpoint=dict(every=250, keep=2),
     wandb=dict(mode=a.wandb_mode, project="umd"),
-    cache="",  # set by the trainer
   )
 
 

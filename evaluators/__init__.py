@@ -6,6 +6,7 @@ An evaluator is a module here with a class `Evaluator(context, **settings)`; cal
 
 import dataclasses
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
 
@@ -32,6 +33,19 @@ def known() -> list[str]:
   return sorted({m.name for m in pkgutil.iter_modules(__path__)} - not_evaluators)
 
 
+def _check_settings(name: str, settings: Mapping, make: Callable) -> None:
+  """Raises ValueError for settings that `make` does not take, and for missing ones."""
+  parameters = dict(inspect.signature(make).parameters)
+  parameters.pop("context")
+  missing = {k for k, p in parameters.items() if p.default is p.empty} - settings.keys()
+  unknown = settings.keys() - parameters.keys()
+  if unknown or missing:
+    raise ValueError(
+      f"evals.{name}: unknown settings {sorted(unknown)}, missing settings {sorted(missing)}. "
+      f"This evaluator takes {sorted(parameters)}."
+    )
+
+
 def from_config(configs: Mapping[str, Mapping], context: Context) -> list[Scheduled]:
   """Builds the evaluators of a config's `evals`.
 
@@ -51,8 +65,9 @@ def from_config(configs: Mapping[str, Mapping], context: Context) -> list[Schedu
     if not isinstance(every, int) or every < 1:
       raise ValueError(f"evals.{name}.every={every!r} must be a number of steps, at least 1.")
     make = importlib.import_module(f"evaluators.{kind}").Evaluator
+    _check_settings(name, settings, make)
     try:
       scheduled.append(Scheduled(name, every, make(context, **settings)))
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
       raise ValueError(f"evals.{name}: {error}") from error
   return scheduled

@@ -33,6 +33,12 @@ class Context:
   seed: int
   cache: str
 
+  def check_timestep(self, t: int) -> None:
+    """Raises ValueError unless t is a timestep of the path; JAX would clamp it in silence."""
+    timesteps = self.inference.path.timesteps
+    if not 0 <= t <= timesteps:
+      raise ValueError(f"t={t} must be in [0, timesteps={timesteps}].")
+
   def jit(self, fn: Callable) -> Callable:
     """Compiles `fn(params, batch) -> {name: [B, ...]}`; every process gets the whole result."""
     return jax.jit(fn, out_shardings=replicated(self.mesh))

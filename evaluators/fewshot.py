@@ -53,9 +53,7 @@ class Evaluator:
     features: Sequence[str] = ("class",),
     t: int = 0,
   ):
-    timesteps = context.inference.path.timesteps
-    if not 0 <= t <= timesteps:
-      raise ValueError(f"t={t} must be in [0, timesteps={timesteps}].")
+    context.check_timestep(t)
     if unknown := set(features) - set(FEATURES):
       raise ValueError(f"features={sorted(unknown)} are not among {FEATURES}.")
     self._context, self._l2, self._held_out, self._seeds = context, tuple(l2), held_out, seeds

@@ -1,7 +1,9 @@
 """Samples of the model, looked at and measured."""
 
+import functools
 from collections.abc import Iterator, Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -42,20 +44,21 @@ class Evaluator:
     columns: int = 10,
     scale: int = 6,
   ):
-    train, test = load(data, train_split), load(data, test_split)
-    inference, self._context = context.inference, context
-    if num < 2 or num % train.num_classes:
+    """`sampling`: arguments of `umd.inference.Inference.sample`, tried out here on shapes."""
+    self._train, self._test = load(data, train_split), load(data, test_split)
+    self._context, classes = context, self._train.num_classes
+    if num < 2 or num % classes:
       raise ValueError(
-        f"num={num} must be a positive multiple of the {train.num_classes} classes, so that each "
-        "is sampled equally often."
+        f"num={num} must be a positive multiple of the {classes} classes, so that each is sampled "
+        "equally often."
       )
-    self._columns, self._scale, self._conditional = columns, scale, inference.model.num_classes > 0
+    self._columns, self._scale = min(columns, num // classes), scale
+    model, inference = context.inference.model, context.inference
+    self._conditional = model.num_classes > 0
     # Position i asks for class i mod C; its key is a function of (seed, i).
-    labels = np.arange(num, dtype=np.int32) % train.num_classes
-    blank = np.zeros((num, *train.image_size), np.float32)
-    self._wanted = Source("samples", blank, labels, train.num_classes)
-    self._classify = load_or_train(train, context.cache)
-    self._judge = context.jit(lambda params, batch: self._verdict(batch["image"]))
+    labels = np.arange(num, dtype=np.int32) % classes
+    blank = np.zeros((num, *self._train.image_size), np.float32)
+    self._wanted = Source("samples", blank, labels, classes)
 
     def sample(params, batch):
       keys = example_keys(context.seed, batch["index"])
@@ -64,32 +67,54 @@ class Evaluator:
       return {"image": jnp.clip(images, -1.0, 1.0)}
 
     self._sample = context.jit(sample)
-    self._reference = fid.moments(self._features(train)["features"])
-    self._baselines = dict(self._measure_baselines(test, blank.shape))
+    self._try_out(model, sample)
 
-  def _verdict(self, images):
-    probs, features = self._classify(images)
-    return {"probs": probs, "features": features}
+  @staticmethod
+  def _try_out(model, sample) -> None:
+    """Traces the sampler, so that what it refuses it refuses at start."""
+    one = jax.ShapeDtypeStruct((1,), jnp.int32)
+    init = lambda key: model.init(key, jnp.zeros((1, *model.image_size)), jnp.zeros(1, jnp.int32))
+    params = jax.eval_shape(init, jax.random.key(0))["params"]
+    jax.eval_shape(sample, params, {"index": one, "label": one})
 
-  def _features(self, source: Source) -> dict[str, np.ndarray]:
+  @functools.cached_property
+  def _judge(self):
+    """Classifies a batch; the classifier is trained (or read) when it is first needed."""
+    classify = load_or_train(self._train, self._context.cache)
+
+    def judge(params, batch):
+      probs, features = classify(batch["image"])
+      return {"probs": probs, "features": features}
+
+    return self._context.jit(judge)
+
+  def _verdict(self, source: Source) -> dict[str, np.ndarray]:
     return self._context.map(self._judge, {}, source)
+
+  @functools.cached_property
+  def _reference(self):
+    return fid.moments(self._verdict(self._train)["features"])
 
   def _distance(self, features: np.ndarray) -> float:
     return fid.frechet_distance(*fid.moments(features), *self._reference)
 
-  def _measure_baselines(self, test: Source, shape: tuple) -> Iterator[tuple[str, float]]:
-    real = self._features(test)
-    noise = np.random.default_rng(self._context.seed).normal(size=shape).clip(-1, 1)
-    noise = Source("noise", noise.astype(np.float32), self._wanted.labels, test.num_classes)
-    yield "frechet_classifier_floor", self._distance(real["features"])
-    yield "frechet_classifier_ceiling", self._distance(self._features(noise)["features"])
-    yield "score_classifier_test", fid.inception_score(real["probs"])
-    yield "classifier_accuracy", float((real["probs"].argmax(axis=1) == test.labels).mean())
+  @functools.cached_property
+  def _baselines(self) -> dict[str, float]:
+    real = self._verdict(self._test)
+    rng = np.random.default_rng(self._context.seed)
+    noise = rng.normal(size=self._wanted.images.shape).clip(-1, 1).astype(np.float32)
+    noise = Source("noise", noise, self._wanted.labels, self._wanted.num_classes)
+    return {
+      "frechet_classifier_floor": self._distance(real["features"]),
+      "frechet_classifier_ceiling": self._distance(self._verdict(noise)["features"]),
+      "score_classifier_test": fid.inception_score(real["probs"]),
+      "classifier_accuracy": float((real["probs"].argmax(axis=1) == self._test.labels).mean()),
+    }
 
   def __call__(self, state: TrainState) -> Iterator[tuple[str, float | Images]]:
     images = self._context.map(self._sample, state.ema_params, self._wanted)["image"]
     labels, classes = self._wanted.labels, self._wanted.num_classes
-    verdict = self._features(Source("samples", images, labels, classes))
+    verdict = self._verdict(Source("samples", images, labels, classes))
     distance = self._distance(verdict["features"])
     floor = self._baselines["frechet_classifier_floor"]
     ceiling = self._baselines["frechet_classifier_ceiling"]

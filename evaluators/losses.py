@@ -1,5 +1,6 @@
 """The training objective on held-out images, by noise level, for averaged and raw weights."""
 
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -29,10 +30,12 @@ class Evaluator:
     if not 1 <= bins <= timesteps:
       raise ValueError(f"bins={bins} must be in [1, timesteps={timesteps}].")
     self._bins = bins
-    self._ranges = {s.name: self._cut(s) for s in context.streams}
-    self._score = context.jit(self._score_batch)
+    # One program per stream: what tells the ranges apart is data, not shape.
+    self._score = {
+      s.name: context.jit(functools.partial(self._score_batch, s)) for s in context.streams
+    }
 
-  def _cut(self, stream: Stream) -> list[tuple[str, float, float]]:
+  def _ranges(self, stream: Stream) -> list[tuple[str, float, float]]:
     """(name, from, to) of the bins, as ranges of the uniform draw that makes the timestep."""
     draw, timesteps = TIMESTEPS[stream.timesteps], self._context.inference.path.timesteps
     ranges = {}
@@ -42,26 +45,24 @@ class Evaluator:
       ranges[f"t{first}" if first == last else f"t{first}-{last}"] = (low, high)
     return [(name, *edges) for name, edges in ranges.items()]
 
-  def _score_batch(self, params, batch):
-    inference, out = self._context.inference, {}
-    model, images = inference.model, batch["image"]
+  def _score_batch(self, stream: Stream, params, batch, part, low, high):
+    inference, images = self._context.inference, batch["image"]
+    model, path = inference.model, inference.path
     keys = example_keys(self._context.seed, batch["index"])
-    for i, stream in enumerate(self._context.streams):
-      labels = batch["label"] if model.num_classes and stream.labels else None
-      for j, (name, low, high) in enumerate(self._ranges[stream.name]):
-        fold = lambda part, i=i, j=j: jax.vmap(
-          lambda key: jax.random.fold_in(key, part + 3 * (j + self._bins * i))
-        )(keys)
-        u = low + (high - low) * example_uniform(fold(0), ())
-        t = TIMESTEPS[stream.timesteps](u, inference.path.timesteps)
-        eps = example_normal(fold(1), images.shape[1:])
-        mask_noise = example_uniform(fold(2), (model.tokens,))
-        scores = score(model, inference.path, stream, params, images, labels, t, eps, mask_noise)
-        out.update({f"{stream.name}/{term}/{name}": v for term, v in scores.items()})
-    return out
+    keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, part), 3))(keys)
+    u = low + (high - low) * example_uniform(keys[:, 0], ())
+    t = TIMESTEPS[stream.timesteps](u, path.timesteps)
+    eps = example_normal(keys[:, 1], images.shape[1:])
+    mask_noise = example_uniform(keys[:, 2], (model.tokens,))
+    labels = batch["label"] if model.num_classes and stream.labels else None
+    return score(model, path, stream, params, images, labels, t, eps, mask_noise)
 
   def __call__(self, state: TrainState) -> Iterator[tuple[str, float]]:
     for weights, field in WEIGHTS.items():
-      scores = self._context.map(self._score, getattr(state, field), self._source)
-      for name, values in scores.items():
-        yield f"{weights}/{name}", values.mean()
+      for i, stream in enumerate(self._context.streams):
+        for j, (name, low, high) in enumerate(self._ranges(stream)):
+          part = j + self._bins * i
+          fn = functools.partial(self._score[stream.name], part=part, low=low, high=high)
+          scores = self._context.map(fn, getattr(state, field), self._source)
+          for term, values in scores.items():
+            yield f"{weights}/{stream.name}/{term}/{name}", values.mean()

@@ -34,6 +34,7 @@ class Evaluator:
       raise ValueError(f"reconstruction reads the head 'x0', the model has {model.heads}.")
     if model.keep(mask_ratio) == model.tokens:
       raise ValueError(f"mask_ratio={mask_ratio} masks no token; set it higher.")
+    context.check_timestep(t)
     self._context, self._source = context, load(data, split)
     self._rows, self._scale = rows, scale
     mean = self._source.images.mean(axis=0)

@@ -3,10 +3,14 @@
 import contextlib
 import os
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import evaluators
@@ -87,20 +91,25 @@ class StepMetrics:
     return {**means, "lr": float(fetched[-1]["lr"])} if fetched else {}
 
 
-def run(config: ConfigDict, workdir: str, name: str, wandb_key: str | None = None) -> dict:
-  """Trains to `config.steps` and returns the summary; resumes from the workdir's last checkpoint.
+class Parts(NamedTuple):
+  """What a config stands for, before anything is computed."""
 
-  Args:
-    config: see `configs/quickstart.py`.
-    workdir: config, metrics, images and checkpoints go here.
-    name: shown in front of every line printed.
-    wandb_key: API key of Weights & Biases.
+  mesh: Mesh
+  source: data.Source
+  model: AutoEncoder
+  streams: tuple[Stream, ...]
+  loss: Callable
+  schedule: Callable
+  tx: optax.GradientTransformation
+  evaluators: list[evaluators.Scheduled]
+
+
+def prepare(config: ConfigDict, workdir: str, cache: str) -> Parts:
+  """Builds everything that can be wrong; takes seconds, compiles and writes nothing.
+
+  Raises:
+    ValueError: a setting that makes no sense, or a workdir that holds another run.
   """
-  is_main = jax.process_index() == 0
-  say = lambda text: print(f"[{name}] {text}", flush=True) if is_main else None
-  started = time.time()
-
-  # Data, model, objective.
   mesh = sharding.make_mesh()
   sharding.check_divides("batch_size", config.batch_size, mesh)
   sharding.check_divides("eval_batch_size", config.eval_batch_size, mesh)
@@ -111,35 +120,60 @@ def run(config: ConfigDict, workdir: str, name: str, wandb_key: str | None = Non
   )
   path, streams = make_path(**config.path.to_dict()), make_streams(config.streams)
   loss = make_loss(model, path, streams, config.batch_size, config.label_drop_prob)
-
-  # State: new, started from another run, or the one that was interrupted.
   settings = config.optim.to_dict()
   schedule = optim.make_schedule(settings.pop("lr"), config.steps, settings.pop("warmup_steps"))
   tx = optim.make_optimizer(schedule, **settings)
+  context = evaluators.Context(
+    Inference(model, path), streams, mesh, config.eval_batch_size, config.seed, cache
+  )
+  scheduled = evaluators.from_config(config.evals.to_dict(), context)
+  folder.check_same_run(workdir, config.to_dict(), HARMLESS)
+  return Parts(mesh, source, model, streams, loss, schedule, tx, scheduled)
+
+
+def run(
+  config: ConfigDict,
+  workdir: str,
+  name: str,
+  *,
+  cache: str,
+  init_from: str = "",
+  wandb_key: str | None = None,
+) -> dict:
+  """Trains to `config.steps` and returns the summary; resumes from the workdir's last checkpoint.
+
+  Args:
+    config: see `configs/quickstart.py`.
+    workdir: config, metrics, images and checkpoints go here.
+    name: shown in front of every line printed.
+    cache: folder for what evaluators compute once.
+    init_from: workdir of the run whose weights to start from; empty for none.
+    wandb_key: API key of Weights & Biases.
+  """
+  is_main = jax.process_index() == 0
+  say = lambda text: print(f"[{name}] {text}", flush=True) if is_main else None
+  started = time.time()
+  mesh, source, model, streams, loss, schedule, tx, scheduled = prepare(config, workdir, cache)
+
+  # State: new, started from another run, or the one that was interrupted.
   blank = jnp.zeros((1, *source.image_size)), jnp.zeros(1, jnp.int32)
   init = lambda key: model.init(key, *blank)["params"]
   state = init_state(init, tx, jax.random.key(config.seed), mesh)
   step_fn = make_train_step(
     loss, tx, schedule, ema_decay=config.ema_decay, seed=config.seed, mesh=mesh
   )
-  folder.check_same_run(workdir, config.to_dict(), HARMLESS)
   checkpoints = Checkpoints(workdir, config.checkpoint.keep)
   step, position = checkpoints.latest() or 0, 0
   if step:
     state, saved = checkpoints.restore(state, step)
     position = saved["position"]
     say(f"resumed at step {step}")
-  elif config.init_from:
-    params, init_step = load_params(config.init_from, config.init_weights)
+  elif init_from:
+    params, init_step = load_params(init_from, config.init_weights)
     state = adopt(state, params, config.init_fresh, mesh)
-    say(f"started from {config.init_from}, step {init_step}, {config.init_weights} weights")
+    say(f"started from {init_from}, step {init_step}, {config.init_weights} weights")
   say(describe(state.params, streams, config.batch_size))
 
-  # Evaluators and writers.
-  context = evaluators.Context(
-    Inference(model, path), streams, mesh, config.eval_batch_size, config.seed, config.cache
-  )
-  scheduled = evaluators.from_config(config.evals.to_dict(), context)
   if is_main:
     folder.start(workdir, config.to_dict())
   writer = make_writer(config, workdir, step, wandb_key)

@@ -22,25 +22,32 @@ def stages(config: ConfigDict, workdir: str) -> list[tuple[str, ConfigDict, str]
 def run(config: ConfigDict, workdir: str, wandb_key: str | None = None) -> list[dict]:
   """Runs every stage that is not finished; returns the summaries of all.
 
-  `init_from` of a stage may be the name of an earlier one or any run's workdir. A key for Weights &
-  Biases switches it on.
+  All of them are built once before the first trains, so that a mistake in the last does not wait
+  for its turn. `init_from` of a stage may be the name of an earlier one or any run's workdir. A
+  key for Weights & Biases switches it on.
   """
-  summaries, folders = [], {}
-  for name, stage, stage_dir in stages(config, workdir):
-    folders[name] = stage_dir
-    with stage.unlocked():
-      stage.init_from = folders.get(stage.init_from, stage.init_from)
-      stage.cache = os.path.join(workdir, "cache")
-      if wandb_key and stage.wandb.mode == "disabled":
-        stage.wandb.mode = "online"
-    summary = folder.finished(stage_dir)
-    if summary:
-      print(f"[{name}] is finished (step {summary['step']}), see {stage_dir}", flush=True)
-    else:
-      trainer = importlib.import_module(f"trainers.{stage.trainer}")
-      summary = trainer.run(stage, stage_dir, name, wandb_key)
-    summaries.append(summary)
-  return summaries
+  plan, cache = stages(config, workdir), os.path.join(workdir, "cache")
+  summaries = {name: folder.finished(stage_dir) for name, _, stage_dir in plan}
+  for name, stage, stage_dir in plan:
+    if wandb_key and stage.wandb.mode == "disabled":
+      stage.wandb.mode = "online"
+    if not summaries[name]:
+      trainer(stage).prepare(stage, stage_dir, cache)
+  folders = {name: stage_dir for name, _, stage_dir in plan}
+  for name, stage, stage_dir in plan:
+    if summaries[name]:
+      print(f"[{name}] is finished (step {summaries[name]['step']}), see {stage_dir}", flush=True)
+      continue
+    init_from = folders.get(stage.init_from, stage.init_from)
+    summaries[name] = trainer(stage).run(
+      stage, stage_dir, name, cache=cache, init_from=init_from, wandb_key=wandb_key
+    )
+  return list(summaries.values())
+
+
+def trainer(stage: ConfigDict):
+  """The module that a stage names."""
+  return importlib.import_module(f"trainers.{stage.trainer}")
 
 
 def table(summaries: list[dict]) -> str:

@@ -31,11 +31,12 @@ def frechet_distance(
   The trace of the root is the sum of the roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which
   is symmetric: stable also where a covariance is singular.
   """
-  values, vectors = np.linalg.eigh(sigma1.astype(np.float64))
+  mu1, sigma1, mu2, sigma2 = (np.asarray(x, np.float64) for x in (mu1, sigma1, mu2, sigma2))
+  values, vectors = np.linalg.eigh(sigma1)
   root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
-  cross = np.linalg.eigvalsh(root @ sigma2.astype(np.float64) @ root)
+  cross = np.linalg.eigvalsh(root @ sigma2 @ root)
   trace = np.trace(sigma1) + np.trace(sigma2) - 2.0 * np.sqrt(np.maximum(cross, 0.0)).sum()
-  return float(np.square(mu1 - mu2, dtype=np.float64).sum() + trace)
+  return float(np.square(mu1 - mu2).sum() + trace)
 
 
 def inception_score(probs: Float[np.ndarray, "n c"]) -> float:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import secrets
 import time
 import warnings
 from collections.abc import Sequence
@@ -143,10 +144,15 @@ class Wandb:
     id_file = os.path.join(workdir, "wandb_id")
     if not os.path.exists(id_file):
       with open(id_file, "w", encoding="utf-8") as f:
-        f.write(wandb.util.generate_id())
+        f.write(secrets.token_hex(4))
     with open(id_file, encoding="utf-8") as f:
       run_id = f.read()
     return wandb.init(dir=workdir, config=config, id=run_id, resume="allow", **settings)
+
+  def _log_image(self, step, name, pixels):
+    import wandb
+
+    self._run.log({name: wandb.Image(pixels)}, step=step)
 
   def _attempt(self, call, *args, **kwargs):
     try:
@@ -161,9 +167,7 @@ class Wandb:
 
   def image(self, step: int, name: str, pixels: np.ndarray) -> None:
     if self._run:
-      import wandb
-
-      self._attempt(self._run.log, {name: wandb.Image(pixels)}, step=step)
+      self._attempt(self._log_image, step, name, pixels)
 
   def flush(self) -> None:
     pass

@@ -61,8 +61,14 @@ def adopt(state: TrainState, loaded: dict, fresh: Collection[str], mesh: Mesh) -
   Step and optimiser stay as they are: new.
 
   Raises:
-    ValueError: leaves are missing, left over or of another shape; the message lists them.
+    ValueError: leaves are missing, left over or of another shape; the message lists them. Or a
+      name in `fresh` is a part of neither.
   """
+  parts = state.params.keys() | loaded.keys()
+  if unknown := set(fresh) - parts:
+    raise ValueError(
+      f"init_fresh={sorted(unknown)} are no parts of a model; known: {sorted(parts)}."
+    )
   own, given = _leaves(state.params), _leaves(loaded)
   is_fresh = lambda name: name.split("/")[0] in fresh
   wrong = [

@@ -1,0 +1,175 @@
+"""The trainer as a user meets it: interrupted, resumed, staged, and stopped by bad numbers."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from configs import quickstart
+from trainers import autoencoder, stages
+from umd.metrics import read_jsonl
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+STEPS = 24
+ARGUMENTS = f"variant=nano/2,steps={STEPS},finetune_steps=4,batch_size=32,num_samples=20"
+OVERRIDES = {
+  "checkpoint.every": 4,
+  "log_every": 4,
+  "evals.fewshot.every": 8,
+  "evals.losses.every": 8,
+  "evals.reconstruction.every": 8,
+}
+
+
+def pretrain_config(**overrides):
+  config = quickstart.get_config(ARGUMENTS).pretrain
+  config.update_from_flattened_dict({**OVERRIDES, **overrides})
+  return config
+
+
+def train(config, workdir, **arguments) -> dict:
+  return autoencoder.run(config, str(workdir), "run", cache=str(workdir), **arguments)
+
+
+def saved_state(workdir: str, step: int) -> dict:
+  """{leaf: array} of everything that a checkpoint holds."""
+  path = os.path.join(workdir, "checkpoints", str(step), "state")
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    state = checkpointer.restore(path)
+  return {
+    jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(state)
+  }
+
+
+def timeless(records: list[dict]) -> list[dict]:
+  return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records]
+
+
+def command(workdir: str) -> list[str]:
+  flags = [f"--config.pretrain.{k}={v}" for k, v in OVERRIDES.items()]
+  config = f"configs/quickstart.py:{ARGUMENTS}"
+  return [sys.executable, "-m", "train", "--config", config, "--workdir", workdir, *flags]
+
+
+def last_step(path: str) -> int:
+  records = read_jsonl(path)
+  return records[-1]["step"] if records else 0
+
+
+def test_killed_run_continues_bitwise(tmp_path):
+  """SIGKILL at a random step, the same command again: every number as if nothing had happened."""
+  kill_at = random.Random(os.getpid()).randrange(5, STEPS - 2)
+  # One device, and as many threads as the machine has cores: conftest's settings are for four.
+  environment = {k: v for k, v in os.environ.items() if k not in ("NPROC", "XLA_FLAGS")}
+  start = lambda name: subprocess.Popen(
+    command(str(tmp_path / name)), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
+  )
+  assert start("whole").wait() == 0
+  killed = start("killed")
+  log = str(tmp_path / "killed/pretrain/metrics.jsonl")
+  while last_step(log) < kill_at - 4 and killed.poll() is None:
+    time.sleep(0.05)
+  killed.send_signal(signal.SIGKILL)
+  killed.wait()
+  assert not (tmp_path / "killed/pretrain/summary.json").exists(), "killed too late to tell"
+  assert start("killed").wait() == 0
+
+  for stage, steps in (("pretrain", STEPS), ("finetune", 4)):
+    whole, resumed = (str(tmp_path / name / stage) for name in ("whole", "killed"))
+    want, got = saved_state(whole, steps), saved_state(resumed, steps)
+    assert want.keys() == got.keys() and any("opt_state" in k for k in want)
+    for leaf in want:
+      assert np.array_equal(want[leaf], got[leaf]), f"killed at about {kill_at}: {leaf}"
+    records = (timeless(read_jsonl(os.path.join(d, "metrics.jsonl"))) for d in (whole, resumed))
+    assert next(records) == next(records)
+
+
+def test_stages_run_in_order_and_a_finished_one_is_not_run_again(tmp_path, capsys):
+  config = quickstart.get_config(
+    "variant=nano/2,steps=3,finetune_steps=2,batch_size=32,num_samples=20,sampling_steps=2"
+  )
+  first = stages.run(config, str(tmp_path))
+  assert [s["step"] for s in first] == [3, 2]
+  for stage in ("pretrain", "finetune"):
+    for name in ("config.json", "environment.json", "metrics.jsonl", "summary.json", "checkpoints"):
+      assert (tmp_path / stage / name).exists()
+  printed = capsys.readouterr().out
+  assert "started from" in printed and "is finished" not in printed
+  again = stages.run(
+    quickstart.get_config(
+      "variant=nano/2,steps=3,finetune_steps=2,batch_size=32,num_samples=20,sampling_steps=2"
+    ),
+    str(tmp_path),
+  )
+  assert capsys.readouterr().out.count("is finished") == 2
+  assert json.loads(json.dumps(first)) == again
+  table = stages.table(again)
+  assert "generation/agreement" in table and "fewshot/class_10shot_mean" in table
+
+
+def test_another_config_in_the_same_workdir_is_refused(tmp_path):
+  config = pretrain_config(steps=2, **{"optim.warmup_steps": 0})
+  config.evals = {}
+  train(config, tmp_path)
+  config.optim.lr = 0.1
+  with pytest.raises(ValueError, match=r"optim\.lr: there 0\.002, now 0\.1"):
+    train(config, tmp_path)
+
+
+def test_a_value_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
+  from umd import data
+
+  honest = data.train_batches
+
+  def poisoned(*args, **kwargs):
+    for step, batch in enumerate(honest(*args, **kwargs), 1):
+      if step == 6:
+        batch["image"] = np.full_like(batch["image"], np.nan)
+      yield batch
+
+  monkeypatch.setattr(data, "train_batches", poisoned)
+  with pytest.raises(FloatingPointError, match=r"Step 6: .*loss"):
+    train(pretrain_config(), tmp_path)
+  # The state that went bad was never saved.
+  assert sorted(os.listdir(tmp_path / "checkpoints")) == ["4"]
+
+
+@pytest.mark.parametrize(
+  ("overrides", "message"),
+  [
+    ({"batch_size": 30}, "batch_size=30 must be a positive multiple of the 4 devices"),
+    ({"data.name": "cats"}, r"data.name='cats' is not one of \['digits'\]"),
+    ({"model.variant": "nano/3"}, "patch of 3 px does not divide"),
+    ({"streams.clean.rows": (0.0, 0.001)}, "rounds to no row"),
+    ({"optim.warmup_steps": STEPS}, "optim.warmup_steps=24 must be in"),
+    ({"evals.fewshot.type": "fewshots"}, "evals.fewshot.type='fewshots' is not one of"),
+  ],
+)
+def test_bad_settings_are_errors_before_anything_is_written(tmp_path, overrides, message):
+  with pytest.raises(ValueError, match=message):
+    autoencoder.prepare(pretrain_config(**overrides), str(tmp_path), str(tmp_path))
+  assert not list(tmp_path.iterdir())
+
+
+def test_flow_matching_is_a_config(tmp_path):
+  """The example of the README: another method, another head, no code."""
+  config = quickstart.get_config(ARGUMENTS).finetune
+  terms = {"v": {"head": "v", "where": "all", "weight": 1.0}}
+  noised = {"rows": (0.0, 1.0), "timesteps": "uniform", "mask_ratio": 0.0, "labels": True}
+  with config.unlocked():
+    config.streams = {"noised": {**noised, "terms": terms}}
+    config.model.heads = ("v",)
+    config.path.name = "flow"
+    config.evals.generation.sampling.update(head="v", sampler="heun", steps=2)
+  summary = train(config, tmp_path)
+  assert summary["step"] == 4
+  assert np.isfinite(summary["metrics"]["loss/noised/v"])
+  assert 0 <= summary["metrics"]["generation/agreement"] <= 1

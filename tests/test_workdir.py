@@ -1,0 +1,136 @@
+"""The folder of a run: whose it is, and what it says about itself."""
+
+import json
+import os
+import sys
+import types
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from trainers import autoencoder, stages
+from umd import workdir as folder
+
+CONFIG = {"lr": 0.1, "seed": 0, "heads": ("x0", "eps"), "evals": {"a": {"every": 5}}}
+
+
+def test_flatten_joins_names_with_dots_and_reads_as_json_does():
+  config = {"a": {"b": {"c": 1}, "d": (1, (2, 3))}, "e": None, "f": "x"}
+  assert folder.flatten(config) == {"a.b.c": 1, "a.d": [1, [2, 3]], "e": None, "f": "x"}
+  assert folder.flatten(json.loads(json.dumps(config))) == folder.flatten(config)
+
+
+@pytest.mark.parametrize(
+  "old, new, expected",
+  [
+    ({"a": 1, "b": {"c": 2}}, {"b": {"c": 2}, "a": 1}, {}),
+    ({"a": (1, 2)}, {"a": [1, 2]}, {}),
+    ({"a": 1}, {"a": 2}, {"a": (1, 2)}),
+    ({"a": {"b": 1}}, {"a": {"b": 1, "c": 2}}, {"a.c": (None, 2)}),
+    ({"a": {"b": 1, "c": 2}}, {"a": {"b": 1}}, {"a.c": (2, None)}),
+    ({"a": {"b": 1}}, {"a": 3}, {"a": (None, 3), "a.b": (1, None)}),
+  ],
+)
+def test_differences_are_named_with_both_values(old, new, expected):
+  assert folder.differences(old, new) == expected
+
+
+def claim(workdir, **changes):
+  """What a start of a run does with its folder."""
+  config = {**CONFIG, **changes}
+  folder.check_same_run(str(workdir), config, ("evals",))
+  folder.start(str(workdir), config)
+  return json.loads((workdir / "config.json").read_text())
+
+
+def test_a_new_folder_is_made_and_the_same_config_may_come_again(tmp_path, capsys):
+  workdir = tmp_path / "deep" / "run"
+  written = claim(workdir)
+  assert folder.flatten(written) == folder.flatten(CONFIG)
+  assert claim(workdir) == written
+  assert capsys.readouterr().out == ""
+
+
+def test_looking_at_a_folder_leaves_nothing_there(tmp_path):
+  folder.check_same_run(str(tmp_path / "run"), CONFIG, ())
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_harmless_change_is_told_and_written(tmp_path, capsys):
+  claim(tmp_path)
+  written = claim(tmp_path, evals={"a": {"every": 7}})
+  assert written["evals"] == {"a": {"every": 7}}
+  told = capsys.readouterr().out
+  assert "evals.a.every" in told and "5" in told and "7" in told
+
+
+@pytest.mark.parametrize(
+  "changes, told",
+  [
+    ({"lr": 0.25}, ["lr", "0.1", "0.25"]),
+    ({"heads": ("x0",)}, ["heads", "['x0', 'eps']", "['x0']"]),
+    ({"lr": 0.25, "evals": {}}, ["lr"]),
+    ({"momentum": 0.9}, ["momentum", "None", "0.9"]),
+    # A key that only begins like a harmless one.
+    ({"evals_seed": 1}, ["evals_seed"]),
+  ],
+)
+def test_a_serious_change_is_an_error_with_both_values_and_nothing_is_written(
+  tmp_path, changes, told
+):
+  claim(tmp_path)
+  before = (tmp_path / "config.json").read_bytes()
+  with pytest.raises(ValueError) as error:
+    claim(tmp_path, **changes)
+  for word in [str(tmp_path), *told]:
+    assert word in str(error.value)
+  assert "every" not in str(error.value)
+  assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_the_same_run_may_be_named_by_another_spelling_of_its_folder(tmp_path, monkeypatch):
+  def claim_stage(config, workdir, name, **_):
+    folder.check_same_run(workdir, config.to_dict(), autoencoder.HARMLESS)
+    folder.start(workdir, config.to_dict())
+    return {}
+
+  monkeypatch.setitem(
+    sys.modules, "trainers.fake", types.SimpleNamespace(run=claim_stage, prepare=lambda *_: None)
+  )
+  stage = {"trainer": "fake", "init_from": ""}
+  config = {"stages": ("a", "b"), "a": stage, "b": {**stage, "init_from": "a"}}
+  monkeypatch.chdir(tmp_path)
+  for workdir in ("run", "./run/", str(tmp_path / "run")):
+    stages.run(ConfigDict(config).lock(), workdir)
+  os.rename("run", "moved")
+  stages.run(ConfigDict(config).lock(), "moved")
+
+
+def test_a_json_file_is_replaced_in_one_piece(tmp_path):
+  path = str(tmp_path / "new" / "x.json")
+  assert folder.read_json(path) is None
+  folder.write_json(path, {"a": 1})
+  with pytest.raises(TypeError):
+    folder.write_json(path, {"a": 2, "b": object()})  # fails halfway
+  assert folder.read_json(path) == {"a": 1}
+  folder.write_json(path, {"a": 3})
+  assert folder.read_json(path) == {"a": 3}
+  assert os.listdir(tmp_path / "new") == ["x.json"]
+
+
+def test_a_run_is_finished_once_it_says_so(tmp_path):
+  assert folder.finished(str(tmp_path)) is None
+  folder.finish(str(tmp_path), {"step": 5, "metrics": {"loss": 0.5}})
+  assert folder.finished(str(tmp_path)) == {"step": 5, "metrics": {"loss": 0.5}}
+
+
+def test_the_environment_names_versions_devices_and_command(tmp_path, monkeypatch):
+  monkeypatch.setattr(sys, "argv", ["train.py", "--workdir", "here"])
+  folder.start(str(tmp_path), CONFIG)
+  found = json.loads((tmp_path / "environment.json").read_text())
+  assert found["versions"]["jax"] == jax.__version__
+  assert {"flax", "optax", "orbax-checkpoint", "numpy"} <= set(found["versions"])
+  assert len(found["devices"]) == jax.device_count()
+  assert found["backend"] == "cpu"
+  assert found["command"] == [sys.executable, "train.py", "--workdir", "here"]
