@@ -56,7 +56,8 @@ def timeless(records: list[dict]) -> list[dict]:
 def command(workdir: str) -> list[str]:
   flags = [f"--config.pretrain.{k}={v}" for k, v in OVERRIDES.items()]
   config = f"configs/quickstart.py:{ARGUMENTS}"
-  return [sys.executable, "-m", "train", "--config", config, "--workdir", workdir, *flags]
+  flags += ["--config.stages=('pretrain',)", "--workdir", workdir]
+  return [sys.executable, "-m", "train", "--config", config, *flags]
 
 
 def last_step(path: str) -> int:
@@ -82,35 +83,33 @@ def test_killed_run_continues_bitwise(tmp_path):
   assert not (tmp_path / "killed/pretrain/summary.json").exists(), "killed too late to tell"
   assert start("killed").wait() == 0
 
-  for stage, steps in (("pretrain", STEPS), ("finetune", 4)):
-    whole, resumed = (str(tmp_path / name / stage) for name in ("whole", "killed"))
-    want, got = saved_state(whole, steps), saved_state(resumed, steps)
-    assert want.keys() == got.keys() and any("opt_state" in k for k in want)
-    for leaf in want:
-      assert np.array_equal(want[leaf], got[leaf]), f"killed at about {kill_at}: {leaf}"
-    records = (timeless(read_jsonl(os.path.join(d, "metrics.jsonl"))) for d in (whole, resumed))
-    assert next(records) == next(records)
+  whole, resumed = (str(tmp_path / name / "pretrain") for name in ("whole", "killed"))
+  want, got = saved_state(whole, STEPS), saved_state(resumed, STEPS)
+  assert want.keys() == got.keys()
+  assert any("opt_state" in leaf for leaf in want)
+  for leaf in want:
+    assert np.array_equal(want[leaf], got[leaf]), f"killed at about step {kill_at}: {leaf}"
+  records = [timeless(read_jsonl(os.path.join(d, "metrics.jsonl"))) for d in (whole, resumed)]
+  assert records[0] == records[1]
 
 
 def test_stages_run_in_order_and_a_finished_one_is_not_run_again(tmp_path, capsys):
-  config = quickstart.get_config(
+  arguments = (
     "variant=nano/2,steps=3,finetune_steps=2,batch_size=32,num_samples=20,sampling_steps=2"
   )
-  first = stages.run(config, str(tmp_path))
+  first = stages.run(quickstart.get_config(arguments), str(tmp_path))
   assert [s["step"] for s in first] == [3, 2]
   for stage in ("pretrain", "finetune"):
     for name in ("config.json", "environment.json", "metrics.jsonl", "summary.json", "checkpoints"):
       assert (tmp_path / stage / name).exists()
   printed = capsys.readouterr().out
   assert "started from" in printed and "is finished" not in printed
-  again = stages.run(
-    quickstart.get_config(
-      "variant=nano/2,steps=3,finetune_steps=2,batch_size=32,num_samples=20,sampling_steps=2"
-    ),
-    str(tmp_path),
-  )
+  again = stages.run(quickstart.get_config(arguments), str(tmp_path))
   assert capsys.readouterr().out.count("is finished") == 2
   assert json.loads(json.dumps(first)) == again
+  other = quickstart.get_config(arguments + ",lr=0.1")
+  with pytest.raises(ValueError, match=r"optim\.lr: there 0\.002, now 0\.1"):
+    stages.run(other, str(tmp_path))
   table = stages.table(again)
   assert "generation/agreement" in table and "fewshot/class_10shot_mean" in table
 

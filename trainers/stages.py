@@ -23,16 +23,15 @@ def run(config: ConfigDict, workdir: str, wandb_key: str | None = None) -> list[
   """Runs every stage that is not finished; returns the summaries of all.
 
   All of them are built once before the first trains, so that a mistake in the last does not wait
-  for its turn. `init_from` of a stage may be the name of an earlier one or any run's workdir. A
-  key for Weights & Biases switches it on.
+  for its turn, and no finished one is passed over that was another run. `init_from` of a stage may
+  be the name of an earlier one or any run's workdir. A key for Weights & Biases switches it on.
   """
   plan, cache = stages(config, workdir), os.path.join(workdir, "cache")
   summaries = {name: folder.finished(stage_dir) for name, _, stage_dir in plan}
-  for name, stage, stage_dir in plan:
+  for _, stage, stage_dir in plan:
     if wandb_key and stage.wandb.mode == "disabled":
       stage.wandb.mode = "online"
-    if not summaries[name]:
-      trainer(stage).prepare(stage, stage_dir, cache)
+    trainer(stage).prepare(stage, stage_dir, cache)
   folders = {name: stage_dir for name, _, stage_dir in plan}
   for name, stage, stage_dir in plan:
     if summaries[name]:
