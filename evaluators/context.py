@@ -40,18 +40,26 @@ class Context:
       raise ValueError(f"t={t} must be in [0, timesteps={timesteps}].")
 
   def jit(self, fn: Callable) -> Callable:
-    """Compiles `fn(params, batch) -> {name: [B, ...]}`; every process gets the whole result."""
-    return jax.jit(fn, out_shardings=replicated(self.mesh))
+    """Compiles `fn(params, batch) -> {name: [B, ...]}` for `map`.
+
+    Every process gets the whole result, with the batch's `_mask` beside it.
+    """
+    masked = lambda params, batch, **kwargs: {
+      **fn(params, batch, **kwargs),
+      "_mask": batch["_mask"],
+    }
+    return jax.jit(masked, out_shardings=replicated(self.mesh))
 
   def map(self, fn: Callable, params, source: Source) -> dict[str, np.ndarray]:
-    """Runs a jitted `fn(params, batch)` over the source.
+    """Runs a function that `jit` compiled over the source.
 
-    Returns {name: [n, ...]}, one row per example in the source's order; the rows that fill up the
-    last batch are gone.
+    Returns {name: [n, ...]}, one row per example in the source's order; the rows that `_mask` marks
+    as filling are gone.
     """
     place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     parts = []
     for batch in prefetch(eval_batches(source, self.batch_size, **place), self.mesh):
       parts.append(fn(params, batch))
     whole = {k: np.concatenate([np.asarray(p[k]) for p in parts]) for k in parts[0]}
-    return {k: v[: len(source)] for k, v in whole.items()}
+    real = whole.pop("_mask") > 0
+    return {k: v[real] for k, v in whole.items()}

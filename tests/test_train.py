@@ -67,7 +67,7 @@ def last_step(path: str) -> int:
 
 def test_killed_run_continues_bitwise(tmp_path):
   """SIGKILL at a random step, the same command again: every number as if nothing had happened."""
-  kill_at = random.Random(os.getpid()).randrange(5, STEPS - 2)
+  kill_at = random.Random(os.getpid()).randrange(5, STEPS // 2)
   # One device, and as many threads as the machine has cores: conftest's settings are for four.
   environment = {k: v for k, v in os.environ.items() if k not in ("NPROC", "XLA_FLAGS")}
   start = lambda name: subprocess.Popen(
@@ -149,6 +149,7 @@ def test_a_value_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, m
     ({"model.variant": "nano/3"}, "patch of 3 px does not divide"),
     ({"streams.clean.rows": (0.0, 0.001)}, "rounds to no row"),
     ({"optim.warmup_steps": STEPS}, "optim.warmup_steps=24 must be in"),
+    ({"eval_batch_size": 66}, "eval_batch_size=66 must be a positive multiple"),
     ({"evals.fewshot.type": "fewshots"}, "evals.fewshot.type='fewshots' is not one of"),
   ],
 )
@@ -172,3 +173,20 @@ def test_flow_matching_is_a_config(tmp_path):
   assert summary["step"] == 4
   assert np.isfinite(summary["metrics"]["loss/noised/v"])
   assert 0 <= summary["metrics"]["generation/agreement"] <= 1
+
+
+@pytest.mark.parametrize(
+  ("sampling", "message"),
+  [
+    ({"eta": 0.5, "sampler": "heun"}, r"\['eta'\]: sampler='heun' takes \[\]"),
+    ({"stepz": 3}, r"\['stepz'\]: sampler='ddim' takes \['eta'\]"),
+    ({"steps": 1001}, r"steps=1001 must be in \[1, timesteps=1000\]"),
+    ({"head": "v"}, "head='v' is not among"),
+  ],
+)
+def test_bad_sampling_is_an_error_at_start(tmp_path, sampling, message):
+  config = quickstart.get_config(ARGUMENTS).finetune
+  with config.unlocked():
+    config.evals.generation.sampling.update(sampling)
+  with pytest.raises(ValueError, match=f"evals.generation: .*{message}"):
+    autoencoder.prepare(config, str(tmp_path), str(tmp_path))

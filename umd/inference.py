@@ -1,6 +1,7 @@
 """What anyone may ask of a trained model: represent, reconstruct, denoise, sample."""
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -140,12 +141,20 @@ class Inference:
       head: the head that the denoiser reads.
       cfg_scale: classifier-free guidance; 1 is none.
       clip_x0: keep x0 in [-1, 1] at every step: right for pixels, wrong for latents.
+
+    Raises:
+      ValueError: an unknown sampler or option, or see `denoiser` and `samplers.step_schedule`.
     """
     if sampler not in samplers.SAMPLERS:
       raise ValueError(f"sampler={sampler!r} is not one of {sorted(samplers.SAMPLERS)}.")
+    walk = samplers.SAMPLERS[sampler]
+    parameters = inspect.signature(walk).parameters.values()
+    known = [p.name for p in parameters if p.default is not p.empty]
+    if unknown := sorted(options.keys() - set(known)):
+      raise ValueError(f"Unknown sampling options {unknown}: sampler={sampler!r} takes {known}.")
     denoise = self.denoiser(params, labels, head, cfg_scale)
     if clip_x0:
       denoise = samplers.clip_x0(denoise, self.path)
     start, on_the_way = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     noise = example_normal(start, self.model.image_size)
-    return samplers.SAMPLERS[sampler](denoise, self.path, noise, on_the_way, steps, **options)
+    return walk(denoise, self.path, noise, on_the_way, steps, **options)
