@@ -2,18 +2,27 @@
 
 The training stream is one endless sequence of examples: epoch after epoch, each a permutation
 that depends on the seed and the epoch's number. Step n reads positions n B .. (n + 1) B - 1 of it,
-so a run resumes at any step by starting there: no state is kept and nothing is read to get there.
+so a run resumes at any step by starting there; what ops draw depends on the position alone.
+
+Where records can be read at random, this is one sequence, dealt out to the processes. Where they
+cannot (TFRecord files), each process has a sequence of its own, of its own part of the records,
+and finds its place again by skipping records of one epoch, without decoding them.
 """
 
 import functools
-from collections.abc import Iterator
+import itertools
+import re
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from umd.data.host import in_graph, tensorflow
+from umd.data.records import fetch, rows
 from umd.data.sources import Source
 
 Batch = dict[str, np.ndarray]
 FOREVER = np.iinfo(np.int64).max
+EVALUATION_SEED = 0  # Of ops that draw, at the example's index: each evaluation sees the same.
 
 
 @functools.lru_cache(maxsize=2)  # A batch may span two epochs.
@@ -25,14 +34,6 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
   """
   bits = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(n)
   return np.argsort(bits, kind="stable")
-
-
-def _check_share(batch_size: int, process_count: int) -> int:
-  if batch_size % process_count:
-    raise ValueError(
-      f"batch_size={batch_size} must be a multiple of the {process_count} processes."
-    )
-  return batch_size // process_count
 
 
 def train_batches(
@@ -49,50 +50,183 @@ def train_batches(
   Args:
     source: where the images come from.
     batch_size: B over all processes; b = B / process_count.
-    seed: of the order, not negative.
+    seed: of the order and of the ops that draw, in 0..2**53 - 1.
     start_step: the first batch to be returned.
     process_index: this process, in 0..process_count - 1.
     process_count: number of processes; must divide B.
 
   Raises:
-    ValueError: process_count does not divide B.
+    ValueError: a wrong seed, process_count does not divide B, a process has no records, or one
+      is unreadable.
   """
-  import tensorflow as tf
-
-  n, local = len(source), _check_share(batch_size, process_count)
-  images, labels = tf.constant(source.images), tf.constant(source.labels)
-
-  def ids(step):
-    positions = step * batch_size + process_index * local + np.arange(local)
-    epochs = np.unique(positions // n)
-    parts = [epoch_order(n, seed, int(e))[positions[positions // n == e] % n] for e in epochs]
-    return np.concatenate(parts)
-
-  def read(step):
-    rows = tf.ensure_shape(tf.numpy_function(ids, [step], tf.int64, stateful=False), [local])
-    return {"image": tf.gather(images, rows), "label": tf.gather(labels, rows)}
-
-  dataset = tf.data.Dataset.range(start_step, FOREVER).map(read)
-  return dataset.prefetch(4).as_numpy_iterator()
+  if not 0 <= seed < 2**53:  # Multiplied by the number of ops, it must still be an int64.
+    raise ValueError(f"seed={seed} must be in 0..2**53 - 1.")
+  local = _check_share(batch_size, process_count)
+  place = process_index, process_count
+  if source.is_plain:
+    return _plain_batches(source, batch_size, seed, start_step, place)
+  if source.records.random_access:
+    elements = lambda step: _dealt(source, batch_size, seed, step, place)
+  else:
+    elements = lambda step: _streamed(source, batch_size, seed, step, place)
+  batches = _example_batches(source, elements(start_step), seed, local)
+  return _named_errors(batches, source, seed, lambda n: elements(start_step + n).take(local))
 
 
 def eval_batches(
   source: Source, batch_size: int, *, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
-  """Every example once, in the source's order, the last batch filled up.
+  """Every example once; each process reads its own part, and as many batches as the others.
 
   Returns {image [b, H, W, C], label [b], index [b], _mask [b]}: `index` is the example's place in
   the source, `_mask` is 1 for examples and 0 for filling, which must not count anywhere.
   """
   local = _check_share(batch_size, process_count)
-  for start in range(0, len(source), batch_size):
-    index = start + process_index * local + np.arange(local)
-    real = index < len(source)
-    ids = np.where(real, index, 0)
-    blank = lambda x, real=real: x * real.reshape(-1, *[1] * (x.ndim - 1))
-    yield {
-      "image": blank(source.images[ids]).astype(np.float32),
-      "label": blank(source.labels[ids]).astype(np.int32),
-      "index": index.astype(np.int32),
-      "_mask": real.astype(np.float32),
-    }
+  n = len(source)
+  low, high = (n * (process_index + i) // process_count for i in range(2))
+  count = -(-n // batch_size)  # The largest part has ceil(n / process_count) examples.
+  return _filled(_evaluated(source, low, high, local), source, local, count)
+
+
+def _check_share(batch_size: int, process_count: int) -> int:
+  if batch_size % process_count:
+    raise ValueError(
+      f"batch_size={batch_size} must be a multiple of the {process_count} processes."
+    )
+  return batch_size // process_count
+
+
+def _positions(step: int, batch_size: int, place: tuple[int, int]) -> np.ndarray:
+  """Places [b] in the training stream of this process's rows of a batch."""
+  index, count = place
+  local = batch_size // count
+  return step * batch_size + index * local + np.arange(local)
+
+
+def _ids(positions: np.ndarray, n: int, seed: int) -> np.ndarray:
+  """Which examples are at these places of the training stream."""
+  epochs = np.unique(positions // n)
+  parts = [epoch_order(n, seed, int(e))[positions[positions // n == e] % n] for e in epochs]
+  return np.concatenate(parts)
+
+
+def _plain_batches(source, batch_size, seed, start_step, place):
+  for step in itertools.count(start_step):
+    yield source.records.fetch(_ids(_positions(step, batch_size, place), len(source), seed))
+
+
+def _dealt(source, batch_size, seed, start_step, place):
+  """tf.data of this process's rows of the one sequence."""
+  tf = tensorflow()
+  local = batch_size // place[1]
+
+  def ids(step):
+    positions = _positions(step, batch_size, place)
+    return positions, _ids(positions, len(source), seed)
+
+  def read(step):
+    positions, index = (
+      tf.ensure_shape(x, [local])
+      for x in tf.numpy_function(ids, [step], [tf.int64, tf.int64], stateful=False)
+    )
+    return {**fetch(source.records, index), "index": index, "position": positions}
+
+  steps = tf.data.Dataset.range(start_step, FOREVER)
+  return steps.map(in_graph(read)).prefetch(2).unbatch()
+
+
+def _streamed(source, batch_size, seed, start_step, place):
+  """tf.data of the rows of this process's own part, epoch after epoch."""
+  tf = tensorflow()
+  index, count = place
+  local = batch_size // count
+  low, high = (len(source) * (index + i) // count for i in range(2))
+  if low == high:
+    raise ValueError(f"data {source.name!r}: {len(source)} records for {count} processes.")
+  epoch, offset = divmod(start_step * local, high - low)
+  epochs = tf.data.Dataset.range(epoch, FOREVER)
+  found = epochs.flat_map(in_graph(lambda e: source.records.stream(low, high, seed, e)))
+  numbers = tf.data.Dataset.range(start_step * local, FOREVER)
+
+  def with_position(row, i):
+    return {**row, "position": i // local * batch_size + index * local + i % local}
+
+  return tf.data.Dataset.zip(found.skip(offset), numbers).map(in_graph(with_position))
+
+
+def _example_batches(source, elements, seed, local, index=False):
+  """Batches of preprocessed examples, as NumPy arrays: views of TensorFlow's, not copies."""
+  tf = tensorflow()
+
+  def example(row):
+    found = source.preprocess(source.records.parse(row), seed, row["position"])
+    return {**found, "index": row["index"]} if index else found
+
+  autotune = dict(num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+  batches = elements.map(in_graph(example), **autotune).batch(local, **autotune)
+  options = tf.data.Options()
+  options.experimental_warm_start = True  # Reads while the model is compiled.
+  return batches.prefetch(2).with_options(options).as_numpy_iterator()
+
+
+def _named_errors(batches, source, seed, again: Callable):
+  """The batches as NumPy; an example that cannot be read is an error that names it."""
+  tf = tensorflow()
+  for n in itertools.count():
+    try:
+      batch = next(batches)
+    except StopIteration:
+      return
+    except tf.errors.OpError as error:
+      _raise_named(again(n), source, seed)
+      raise ValueError(f"data {source.name!r}: {_first_line(error)}") from error
+    yield batch
+
+
+def _raise_named(elements, source, seed):
+  """Raises for the first of these elements that cannot be preprocessed."""
+  tf = tensorflow()
+  for row in elements:
+    try:
+      source.preprocess(source.records.parse(row), seed, row["position"])
+    except (tf.errors.OpError, ValueError) as error:
+      name = source.records.describe(int(row["index"]))
+      raise ValueError(f"{name} is not readable: {_first_line(error)}") from None
+
+
+def _first_line(error) -> str:
+  return re.sub(r"\{\{.*?\}\}|\[Op:.*?\]", "", str(error)).strip().split("\n")[0]
+
+
+def _evaluated(source, low, high, local):
+  """Batches of examples low..high - 1 with their `index`, the last perhaps smaller."""
+  if low == high:
+    return iter(())
+  if source.is_plain:
+    parts = (np.arange(i, min(i + local, high)) for i in range(low, high, local))
+    return ({**source.records.fetch(ids), "index": ids} for ids in parts)
+  with_position = in_graph(lambda row: {**row, "position": row["index"]})
+  elements = lambda: rows(source.records, low, high).map(with_position)
+  batches = _example_batches(source, elements(), EVALUATION_SEED, local, index=True)
+  again = lambda n: elements().skip(n * local).take(local)
+  return _named_errors(batches, source, EVALUATION_SEED, again)
+
+
+def _filled(batches, source, local, count):
+  """The batches, the last filled up to `local` rows, and empty ones up to `count` of them."""
+  batches = iter(batches)
+  spec = {**source.preprocess.spec, "index": ((), "int64")}
+  empty = {key: np.zeros((0, *shape), dtype) for key, (shape, dtype) in spec.items()}
+  for _ in range(count):
+    batch = next(batches, empty)
+    real = len(batch["index"])
+    if real < local:
+      batch = {key: _extended(x, local) for key, x in batch.items()}
+      batch["index"][real:] = len(source) + np.arange(local - real)
+    mask = (np.arange(local) < real).astype(np.float32)
+    yield {**batch, "index": batch["index"].astype(np.int32), "_mask": mask}
+
+
+def _extended(x: np.ndarray, rows: int) -> np.ndarray:
+  """x [n, ...] with zeros after it: [rows, ...]."""
+  return np.concatenate([x, np.zeros((rows - len(x), *x.shape[1:]), x.dtype)])

@@ -1,67 +1,125 @@
-"""Sources: named sets of images that can be read at any position."""
+"""Sources: named sets of images that are preprocessed while they are read."""
 
-import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+import os
 
 import numpy as np
 
+from umd.data.arrays import Arrays, digits, npz
+from umd.data.cached import Cached
+from umd.data.folder import folder
+from umd.data.preprocess import Preprocess
+from umd.data.records import Records
+from umd.data.tfds import tfds
 
-@dataclasses.dataclass(frozen=True, eq=False)
+
 class Source:
-  """Images in memory.
+  """Images with labels, preprocessed while they are read.
 
   Attributes:
-    name: what the images are called in messages, e.g. "digits:train".
-    images: float32 [n, H, W, C] in [-1, 1].
-    labels: int32 [n] in 0..num_classes - 1.
-    num_classes: number of labels.
+    name: what the images are called in messages, e.g. "tfds:cifar10:train".
+    records: the examples before preprocessing.
+    preprocess: what makes images of them.
+    image_size: (H, W, C) of the preprocessed images.
+    num_classes: number of labels; 0: there are none, and every label is 0.
+    class_names: names of the labels, or an empty tuple.
   """
 
-  name: str
-  images: np.ndarray
-  labels: np.ndarray
-  num_classes: int
-
-  def __post_init__(self):
-    if not len(self.images):
-      raise ValueError(f"data {self.name!r} holds no images.")
+  def __init__(self, records: Records, pp: str = ""):
+    self.records, self.name = records, records.name
+    self.preprocess = Preprocess(pp, records.dtype, records.shape, records.name)
+    self.image_size = self.preprocess.image_size
+    self.num_classes, self.class_names = records.num_classes, records.class_names
+    self._arrays = None
 
   def __len__(self) -> int:
-    return len(self.images)
+    return len(self.records)
 
   @property
-  def image_size(self) -> tuple[int, int, int]:
-    """(H, W, C)."""
-    return self.images.shape[1:]
+  def labels(self) -> np.ndarray | None:
+    """int32 [n] where they are known without decoding, else None."""
+    return self.records.labels
+
+  @property
+  def is_plain(self) -> bool:
+    """Whether the images are float32 arrays in memory, and stay as they are."""
+    return isinstance(self.records, Arrays) and not self.preprocess
+
+  def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+    """(images float32 [n, H, W, C], labels int32 [n]): all, preprocessed once and kept."""
+    from umd.data.pipeline import eval_batches  # It imports this module.
+
+    if self.is_plain:
+      return self.records.images, self.records.labels
+    if self._arrays is None:
+      images = np.empty((len(self), *self.image_size), np.float32)
+      labels = np.empty(len(self), np.int32)
+      for batch in eval_batches(self, min(256, len(self))):
+        real = batch["_mask"] > 0
+        images[batch["index"][real]] = batch["image"][real]
+        labels[batch["index"][real]] = batch["label"][real]
+      self._arrays = images, labels
+    return self._arrays
 
 
-def digits(split: str) -> Source:
-  """Handwritten digits that come with scikit-learn: 1,797 real 8x8 images of 10 classes.
+KINDS = {
+  "digits": lambda rest, split, data_dir, buffer: digits(split),
+  "tfds": tfds,
+  "folder": lambda rest, split, data_dir, buffer: folder(rest, split),
+  "npz": lambda rest, split, data_dir, buffer: npz(rest, split),
+}
 
-  UCI's "Optical Recognition of Handwritten Digits" (Alpaydin & Kaynak 1998). The split is fixed
-  and stratified: of each class, in the order of the file, every fifth image is for testing.
+
+def load(
+  name: str,
+  split: str,
+  pp: str = "",
+  *,
+  data_dir: str = "",
+  cache: bool = False,
+  shuffle_buffer: int = 50_000,
+) -> Source:
+  """The source of that name; the same arguments return the same object.
+
+  Args:
+    name: "digits", "tfds:NAME" (with config and version as TFDS writes them), "folder:PATH" or
+      "npz:FILE".
+    split: e.g. "train", "train[:99%]", "all[90%:]".
+    pp: preprocessing ops, e.g. "decode|resize(64)|value_range(-1, 1)"; "" for none.
+    data_dir: where TFDS keeps its data; by default $TFDS_DATA_DIR, else TFDS's own default.
+    cache: keep the undecoded records in memory.
+    shuffle_buffer: records to shuffle among, where the storage cannot be read at random.
+
+  Raises:
+    ValueError, FileNotFoundError: no such data, split or op; the message lists the known ones.
   """
-  from sklearn.datasets import load_digits  # Only this source needs scikit-learn.
-
-  bunch = load_digits()
-  rank = np.zeros(len(bunch.target), np.int64)  # Of an image within its class.
-  for c in range(10):
-    (of_class,) = np.nonzero(bunch.target == c)
-    rank[of_class] = np.arange(len(of_class))
-  is_test = rank % 5 == 4
-  splits = {"train": ~is_test, "test": is_test}
-  if split not in splits:
-    raise ValueError(f"data 'digits' has no split {split!r}; it has {list(splits)}.")
-  images = (bunch.images[splits[split]] / 8.0 - 1.0).astype(np.float32)[..., None]
-  labels = bunch.target[splits[split]].astype(np.int32)
-  return Source(f"digits:{split}", images, labels, 10)
+  data_dir = data_dir or os.environ.get("TFDS_DATA_DIR", "")
+  return _load(name, split, pp, data_dir, cache, shuffle_buffer)
 
 
-SOURCES: Mapping[str, Callable[[str], Source]] = {"digits": digits}
+@functools.cache
+def _load(name, split, pp, data_dir, cache, shuffle_buffer):
+  return Source(_records(name, split, data_dir, cache, shuffle_buffer), pp)
 
 
-def load(name: str, split: str) -> Source:
-  """The source `name`, e.g. load("digits", "train"); ValueError lists the known ones."""
-  if name not in SOURCES:
-    raise ValueError(f"data.name={name!r} is not one of {sorted(SOURCES)}.")
-  return SOURCES[name](split)
+@functools.cache  # Sources that differ in pp only share what is read.
+def _records(name, split, data_dir, cache, shuffle_buffer) -> Records:
+  kind, _, rest = name.partition(":")
+  if kind not in KINDS or bool(rest) == (kind == "digits"):
+    raise ValueError(
+      f"data.name={name!r} is not one of ['digits', 'tfds:NAME', 'folder:PATH', 'npz:FILE']."
+    )
+  records = KINDS[kind](rest, split, data_dir, shuffle_buffer)
+  return Cached(records) if cache and not isinstance(records, Arrays) else records
+
+
+def from_arrays(
+  name: str,
+  images: np.ndarray,
+  labels: np.ndarray | None,
+  num_classes: int,
+  pp: str = "",
+  class_names: tuple[str, ...] = (),
+) -> Source:
+  """A source of images in memory, uint8 or float32 [n, H, W, C], and int labels [n] or None."""
+  return Source(Arrays(name, images, labels, num_classes, class_names), pp)

@@ -1,0 +1,67 @@
+"""Records kept in memory."""
+
+import time
+
+import numpy as np
+
+from umd.data.host import in_graph, process_zero, tensorflow
+from umd.data.records import Records, rows
+
+
+class Cached(Records):
+  """All of another kind's records, undecoded, in this host's memory: read at first use."""
+
+  def __init__(self, records: Records):
+    super().__init__(
+      records.name, records.dtype, records.shape, records.num_classes, records.class_names
+    )
+    self._records, self._loaded = records, None
+
+  def __len__(self):
+    return len(self._records)
+
+  @property
+  def labels(self):
+    return self._load()[1]
+
+  def fetch(self, ids):
+    _, labels, places = self._load()
+    return {"place": places[ids], "label": labels[ids]}
+
+  def parse(self, row):
+    return {"image": tensorflow().gather(self._load()[0], row["place"]), "label": row["label"]}
+
+  def describe(self, index):
+    return self._records.describe(index)
+
+  def _load(self):
+    """(images [n] in the order they came, labels [n], places [n] of the records among these)."""
+    if self._loaded is None:
+      with tensorflow().init_scope():  # Eagerly, even if a graph is what asks first.
+        start = time.time()
+        self._loaded = self._read()
+        if process_zero():
+          size, seconds = _nbytes(self._loaded[0]) / 1e9, time.time() - start
+          print(
+            f"[data] {self.name}: {len(self)} records, {size:.3g} GB, read into memory in "
+            f"{seconds:.1f} s",
+            flush=True,
+          )
+    return self._loaded
+
+  def _read(self):
+    tf = tensorflow()
+    parse = lambda row: {**self._records.parse(row), "index": row["index"]}
+    dataset = rows(self._records, 0, len(self))
+    dataset = dataset.map(in_graph(parse), num_parallel_calls=tf.data.AUTOTUNE)
+    # One tensor, made by TensorFlow: strings are moved into it, not copied.
+    found = dataset.batch(len(self)).get_single_element()
+    places = np.argsort(found["index"].numpy())
+    return found["image"], found["label"].numpy().astype(np.int32)[places], places
+
+
+def _nbytes(images) -> int:
+  tf = tensorflow()
+  if images.dtype != tf.string:
+    return images.dtype.size * int(tf.size(images))
+  return int(tf.reduce_sum(tf.cast(tf.strings.length(images), tf.int64)))

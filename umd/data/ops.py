@@ -1,0 +1,283 @@
+"""Preprocessing ops: what may stand in a `pp` string, as in "decode|resize(64)|flip_lr".
+
+Each function here takes an op's arguments and returns the op: a function of an example (a dict of
+tensors with at least `image` and `label`) and of its Context, which returns the changed example.
+Images are [H, W, C]: uint8 after decoding, float32 from the first resize on. All that resizes is
+bilinear and antialiased.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from umd.data.host import tensorflow
+
+Example = dict[str, Any]
+ASPECT_RATIOS = (3 / 4, 4 / 3)  # Width by height, of inception crops.
+# The accurate inverse DCT: TensorFlow's default is darker by .8 of 255.
+JPEG = dict(dct_method="INTEGER_ACCURATE")
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """What an op knows apart from the example.
+
+  Attributes:
+    seed: int64 [2], of all that the op draws for this example.
+    shape: (H, W, C) of the source's images, None where it is not known before decoding.
+  """
+
+  seed: Any
+  shape: tuple[int | None, int | None, int | None]
+
+
+Op = Callable[[Example, Context], Example]
+
+
+def decode(channels: int | None = None) -> Op:
+  """JPEG, PNG, GIF (first frame), BMP or WebP to uint8; leaves what is decoded already as it is.
+
+  `channels` is 1, 3 or 4 (PNG only); by default the source's where it knows them, else 3.
+  """
+  if channels not in (None, 1, 3, 4):
+    raise ValueError(f"channels={channels!r} must be 1, 3 or 4.")
+
+  def op(example, context):
+    image = example["image"]
+    if image.dtype != tensorflow().string:
+      return example
+    return {**example, "image": _decoded(image, context.shape, channels)}
+
+  return op
+
+
+def decode_jpeg_and_inception_crop(
+  size: int | tuple[int, int], area_min: float = 5, area_max: float = 100
+) -> Op:
+  """Does what decode|inception_crop does, but of a JPEG decodes only the part that is kept."""
+  crop_decoded = inception_crop(size, area_min, area_max)
+
+  def op(example, context):
+    tf = tensorflow()
+    data = example["image"]
+    if data.dtype != tf.string:
+      return crop_decoded(example, context)
+    channels = context.shape[2] or 3
+
+    def of_jpeg():
+      window = inception_window(tf.io.extract_jpeg_shape(data), context.seed, (area_min, area_max))
+      return tf.io.decode_and_crop_jpeg(data, window, channels=channels, **JPEG)
+
+    def of_other():
+      image = _decoded(data, (None, None, channels))
+      window = inception_window(tf.shape(image), context.seed, (area_min, area_max))
+      return tf.slice(image, [window[0], window[1], 0], [window[2], window[3], channels])
+
+    image = tf.cond(tf.io.is_jpeg(data), of_jpeg, of_other)
+    image.set_shape([None, None, channels])
+    return {**example, "image": _resized(image, _pair("size", size))}
+
+  return op
+
+
+def inception_crop(size: int | tuple[int, int], area_min: float = 5, area_max: float = 100) -> Op:
+  """Cuts a random window and resizes it to `size`, an int or (height, width).
+
+  The window has area_min to area_max percent of the image's area and a width of 3/4 to 4/3 of its
+  height; an image too elongated for that is taken whole (Szegedy et al., arXiv:1409.4842).
+  """
+  size = _pair("size", size)
+  if not 0 < area_min <= area_max <= 100:
+    raise ValueError(
+      f"area_min={area_min}, area_max={area_max} must be percents, 0 < area_min <= area_max <= 100."
+    )
+
+  def crop(image, context):
+    tf = tensorflow()
+    window = inception_window(tf.shape(image), context.seed, (area_min, area_max))
+    cut = tf.slice(image, [window[0], window[1], 0], [window[2], window[3], image.shape[-1]])
+    return _resized(cut, size)
+
+  return _on_image("inception_crop", crop)
+
+
+def inception_window(shape, seed, area: tuple[float, float]):
+  """A random window (top, left, height, width) of an image of `shape`; `area` in percent."""
+  tf = tensorflow()
+  begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
+    shape,
+    tf.zeros([0, 0, 4]),
+    seed=seed,
+    min_object_covered=0,
+    aspect_ratio_range=ASPECT_RATIOS,
+    area_range=(area[0] / 100, area[1] / 100),
+    max_attempts=100,
+    use_image_if_no_bounding_boxes=True,
+  )
+  return tf.concat([begin[:2], extent[:2]], axis=0)
+
+
+def random_crop(size: int | tuple[int, int], padding: int = 0) -> Op:
+  """Cuts a random window of `size` after putting `padding` black pixels around the image."""
+  height, width = _pair("size", size)
+  if padding < 0:
+    raise ValueError(f"padding={padding} must not be negative.")
+
+  def crop(image, context):
+    tf = tensorflow()
+    image = tf.pad(image, [[padding, padding], [padding, padding], [0, 0]])
+    room = _room("random_crop", image, (height, width))
+    drawn = tf.random.stateless_uniform([2], context.seed, dtype=tf.float64, alg="philox")
+    offset = tf.cast(drawn * tf.cast(room + 1, tf.float64), tf.int32)
+    return tf.slice(image, [offset[0], offset[1], 0], [height, width, image.shape[-1]])
+
+  return _on_image("random_crop", crop)
+
+
+def central_crop(size: int | tuple[int, int]) -> Op:
+  """Cuts the window of `size` in the middle."""
+  height, width = _pair("size", size)
+
+  def crop(image, context):
+    del context
+    offset = _room("central_crop", image, (height, width)) // 2
+    return tensorflow().slice(image, [offset[0], offset[1], 0], [height, width, image.shape[-1]])
+
+  return _on_image("central_crop", crop)
+
+
+def resize(size: int | tuple[int, int]) -> Op:
+  """Resizes to `size`, an int or (height, width), whatever that does to the aspect ratio."""
+  size = _pair("size", size)
+  return _on_image("resize", lambda image, context: _resized(image, size))
+
+
+def resize_small(size: int) -> Op:
+  """Resizes so that the smaller side becomes `size`; keeps the aspect ratio."""
+  if not isinstance(size, int) or size < 1:
+    raise ValueError(f"size={size!r} must be a positive int, the length of the smaller side.")
+
+  def scale(image, context):
+    del context
+    tf = tensorflow()
+    sides = tf.cast(tf.shape(image)[:2], tf.float64)
+    target = tf.cast(tf.round(sides * size / tf.reduce_min(sides)), tf.int32)
+    return _resized(image, target)
+
+  return _on_image("resize_small", scale)
+
+
+def flip_lr() -> Op:
+  """Mirrors every other image, at random."""
+  flip = lambda image, context: tensorflow().image.stateless_random_flip_left_right(
+    image, context.seed
+  )
+  return _on_image("flip_lr", flip)
+
+
+def value_range(low: float, high: float, in_min: float = 0, in_max: float = 255) -> Op:
+  """Maps in_min..in_max linearly to low..high."""
+  if in_min == in_max:
+    raise ValueError(f"in_min={in_min} and in_max={in_max} must differ.")
+
+  def scale(image, context):
+    del context
+    image = tensorflow().cast(image, "float32")
+    return (image - in_min) * ((high - low) / (in_max - in_min)) + low
+
+  return _on_image("value_range", scale)
+
+
+def onehot(num_classes: int, key: str = "label", key_result: str = "labels") -> Op:
+  """Adds `key_result`: float32 [num_classes], 1 at the class that `key` holds."""
+
+  def op(example, context):
+    del context
+    return {**example, key_result: tensorflow().one_hot(_item(example, key), num_classes)}
+
+  return op
+
+
+def keep(*names: str) -> Op:
+  """Drops all that is not named."""
+
+  def op(example, context):
+    del context
+    return {name: _item(example, name) for name in names}
+
+  return op
+
+
+OPS: Mapping[str, Callable[..., Op]] = {
+  f.__name__: f
+  for f in (
+    decode,
+    decode_jpeg_and_inception_crop,
+    inception_crop,
+    random_crop,
+    central_crop,
+    resize,
+    resize_small,
+    flip_lr,
+    value_range,
+    onehot,
+    keep,
+  )
+}
+
+
+def _pair(name, size) -> tuple[int, int]:
+  pair = (size, size) if isinstance(size, int) else tuple(size)
+  if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+    raise ValueError(f"{name}={size!r} must be a positive int or (height, width).")
+  return pair
+
+
+def _item(example, name):
+  if name not in example:
+    raise ValueError(f"there is no {name!r} here, only {sorted(example)}.")
+  return example[name]
+
+
+def _on_image(name, change) -> Op:
+  """The op that replaces the decoded image by change(image, context)."""
+
+  def op(example, context):
+    image = _item(example, "image")
+    if image.dtype == tensorflow().string:
+      raise ValueError(f"the image is still encoded: put decode before {name}.")
+    return {**example, "image": change(image, context)}
+
+  return op
+
+
+def _resized(image, size):
+  return tensorflow().image.resize(image, size, method="bilinear", antialias=True)
+
+
+def _room(name, image, size):
+  """int32 [2]: by how much the image is higher and wider than `size`."""
+  tf = tensorflow()
+  message = f"{name}: an image is smaller than {tuple(size)}; put resize_small before it."
+  if any(x is not None and x < y for x, y in zip(image.shape[:2], size, strict=True)):
+    raise ValueError(message)
+  room = tf.shape(image)[:2] - tf.constant(size)
+  with tf.control_dependencies([tf.debugging.assert_non_negative(room, message)]):
+    return tf.identity(room)
+
+
+def _decoded(data, shape, channels=None):
+  """uint8 [H, W, C] of an encoded image."""
+  tf = tensorflow()
+  channels = channels or shape[2] or 3
+
+  def of_other():
+    if channels == 4:
+      return tf.io.decode_png(data, channels=4)
+    image = tf.io.decode_image(data, channels=3, expand_animations=False)
+    return image if channels == 3 else tf.image.rgb_to_grayscale(image)
+
+  of_jpeg = lambda: tf.io.decode_jpeg(data, channels=channels, **JPEG)
+  image = of_other() if channels == 4 else tf.cond(tf.io.is_jpeg(data), of_jpeg, of_other)
+  known = shape[:2] if shape[2] in (None, channels) else (None, None)
+  return tf.ensure_shape(image, [*known, channels])
