@@ -29,7 +29,7 @@ class Scheduled:
 
 def known() -> list[str]:
   """Names of the modules that hold an evaluator."""
-  not_evaluators = {"context", "classifier", "ridge"}
+  not_evaluators = {"context", "classifier", "knn", "ridge"}
   return sorted({m.name for m in pkgutil.iter_modules(__path__)} - not_evaluators)
 
 
@@ -55,6 +55,7 @@ def from_config(configs: Mapping[str, Mapping], context: Context) -> list[Schedu
 
   Raises:
     ValueError: a type, an interval or a setting that does not exist; names the known ones.
+    FileNotFoundError: data that is not there.
   """
   scheduled = []
   for name, config in configs.items():
@@ -68,6 +69,6 @@ def from_config(configs: Mapping[str, Mapping], context: Context) -> list[Schedu
     _check_settings(name, settings, make)
     try:
       scheduled.append(Scheduled(name, every, make(context, **settings)))
-    except ValueError as error:
-      raise ValueError(f"evals.{name}: {error}") from error
+    except (ValueError, FileNotFoundError) as error:
+      raise type(error)(f"evals.{name}: {error}") from error
   return scheduled

@@ -1,16 +1,98 @@
 """What every evaluator is given, and the one way in which evaluators run over a data set."""
 
+import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+import inspect
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from umd.data import Source, eval_batches
+from umd.data import Source, eval_batches, load
 from umd.inference import Inference
 from umd.objectives import Stream
 from umd.sharding import prefetch, replicated
+
+PATIENCE = 5.0  # Seconds between two lines about a long evaluation.
+
+
+def say(text: str) -> None:
+  """Prints a line about a long evaluation, once for all processes."""
+  if jax.process_index() == 0:
+    print(f"[evaluation] {text}", flush=True)
+
+
+def open_data(key: str, spec: Mapping) -> Source:
+  """The source that the setting `key` of an evaluator names; reads no images.
+
+  Args:
+    key: name of the setting, for messages.
+    spec: arguments of `umd.data.load`.
+
+  Raises:
+    ValueError: not a mapping, or arguments that `load` does not take; see also there.
+  """
+  if not isinstance(spec, Mapping):
+    raise ValueError(f"{key}={spec!r} must be dict(name=..., split=..., pp=...).")
+  parameters = inspect.signature(load).parameters
+  missing = {k for k, p in parameters.items() if p.default is p.empty} - spec.keys()
+  if (unknown := spec.keys() - parameters.keys()) or missing:
+    raise ValueError(
+      f"{key}: unknown settings {sorted(unknown)}, missing settings {sorted(missing)}. "
+      f"Data takes {list(parameters)}."
+    )
+  return load(**spec)
+
+
+def count(source: Source, num: int) -> int:
+  """How many examples `num` stands for: the first `num`, or all if it is 0."""
+  if num < 0:
+    raise ValueError(f"num={num} must be a number of examples, or 0 for all.")
+  return min(num or len(source), len(source))
+
+
+def index_batches(
+  num: int, batch_size: int, *, process_index: int = 0, process_count: int = 1
+) -> Iterator[dict[str, np.ndarray]]:
+  """Positions 0..num - 1 as `eval_batches` gives them, without images: {index [b], _mask [b]}."""
+  local = batch_size // process_count
+  for start in range(0, num, batch_size):
+    index = start + process_index * local + np.arange(local, dtype=np.int32)
+    yield {"index": index, "_mask": (index < num).astype(np.float32)}
+
+
+class Output(NamedTuple):
+  """What a function that `Context.jit` compiled makes of a batch.
+
+  Attributes:
+    rows: {name: [B, ...]}.
+    pictures: {name: [R, ...]}, of the R examples to be shown; those not `found` mean nothing.
+    found: [R], whether the example is in this batch.
+    index: [B], places in the source.
+    mask: [B], 0 for filling.
+  """
+
+  rows: dict
+  pictures: dict
+  found: jax.Array
+  index: jax.Array
+  mask: jax.Array
+
+
+class Clock:
+  """Tells how far a loop has come, every PATIENCE seconds."""
+
+  def __init__(self, tell: Callable[[str], None], what: str, total: int):
+    self._tell, self._what, self._total = tell, what, total
+    self._last = time.monotonic()
+
+  def __call__(self, done: int) -> None:
+    if time.monotonic() - self._last >= PATIENCE:
+      self._last = time.monotonic()
+      self._tell(f"{self._what}: {done} of {self._total}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +106,7 @@ class Context:
     batch_size: of evaluation, over all devices; results do not depend on it.
     seed: of everything random in evaluation.
     cache: folder for what is computed once per workdir.
+    progress: takes a line now and then about what takes long.
   """
 
   inference: Inference
@@ -32,6 +115,7 @@ class Context:
   batch_size: int
   seed: int
   cache: str
+  progress: Callable[[str], None] = say
 
   def check_timestep(self, t: int) -> None:
     """Raises ValueError unless t is a timestep of the path; JAX would clamp it in silence."""
@@ -39,27 +123,83 @@ class Context:
     if not 0 <= t <= timesteps:
       raise ValueError(f"t={t} must be in [0, timesteps={timesteps}].")
 
-  def jit(self, fn: Callable) -> Callable:
-    """Compiles `fn(params, batch) -> {name: [B, ...]}` for `map`.
+  def jit(
+    self, fn: Callable, pictures: Collection[str] = (), shown: Sequence[int] = ()
+  ) -> Callable:
+    """Compiles `fn(params, batch) -> {name: [B, ...]}` for `map`; every process gets the result.
 
-    Every process gets the whole result, with the batch's `_mask` beside it.
+    Of the outputs named in `pictures` only the examples `shown` leave the devices. Parameters may
+    be split over the devices; `fn` sees them whole.
     """
-    masked = lambda params, batch, **kwargs: {
-      **fn(params, batch, **kwargs),
-      "_mask": batch["_mask"],
-    }
-    return jax.jit(masked, out_shardings=replicated(self.mesh))
+    shown, everywhere = np.asarray(shown, np.int32), replicated(self.mesh)
 
-  def map(self, fn: Callable, params, source: Source) -> dict[str, np.ndarray]:
-    """Runs a function that `jit` compiled over the source.
+    def whole(params, batch, **kwargs):
+      params = jax.lax.with_sharding_constraint(params, everywhere)
+      rows, index, mask = fn(params, batch, **kwargs), batch["index"], batch["_mask"]
+      hits = (index[:, None] == shown) & (mask[:, None] > 0)
+      few = {name: rows.pop(name)[hits.argmax(axis=0)] for name in pictures}
+      return Output(rows, few, hits.any(axis=0), index, mask)
 
-    Returns {name: [n, ...]}, one row per example in the source's order; the rows that `_mask` marks
-    as filling are gone.
+    return jax.jit(whole, out_shardings=everywhere)
+
+  def outputs(self, fn: Callable, params, batches: Iterator) -> Iterator:
+    """`fn(params, batch)` for every batch; the devices are given work ahead of the reader."""
+    pending = collections.deque()
+    for batch in prefetch(batches, self.mesh):
+      pending.append(fn(params, batch))
+      if len(pending) > 2:
+        yield pending.popleft()
+    yield from pending
+
+  def map(
+    self,
+    fn: Callable,
+    params,
+    source: Source,
+    *,
+    num: int = 0,
+    keep: Collection[str] | None = None,
+  ) -> dict[str, np.ndarray]:
+    """Runs a function that `jit` compiled over the source, or over its first `num` examples.
+
+    Returns {name: [n, ...]}, one row per example in the source's order, whatever the order in which
+    they come; rows that `_mask` marks as filling are gone. Pictures are [len(shown), ...], in the
+    order of `shown`. Names not in `keep` stay on the devices.
     """
-    place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    parts = []
-    for batch in prefetch(eval_batches(source, self.batch_size, **place), self.mesh):
-      parts.append(fn(params, batch))
-    whole = {k: np.concatenate([np.asarray(p[k]) for p in parts]) for k in parts[0]}
-    real = whole.pop("_mask") > 0
-    return {k: v[real] for k, v in whole.items()}
+    batches = eval_batches(source, self.batch_size, **self.place())
+    return self._collect(fn, params, batches, count(source, num), source.name, keep)
+
+  def map_positions(self, fn: Callable, params, num: int, what: str) -> dict[str, np.ndarray]:
+    """Like `map`, over positions 0..num - 1 without images; `what` names them in messages."""
+    batches = index_batches(num, self.batch_size, **self.place())
+    return self._collect(fn, params, batches, num, what, None)
+
+  def place(self) -> dict[str, int]:
+    """This process among all, as `eval_batches` wants to know it."""
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+  def _collect(self, fn, params, batches, n, what, keep) -> dict[str, np.ndarray]:
+    whole, seen, clock = {}, np.zeros(n, bool), Clock(self.progress, what, n)
+
+    def fill(name, size, to, values, rows):
+      if name not in whole:
+        whole[name] = np.zeros((size, *values.shape[1:]), values.dtype)
+      whole[name][to] = np.asarray(values)[rows]
+
+    for out in self.outputs(fn, params, batches):
+      index = np.asarray(out.index)
+      rows = (np.asarray(out.mask) > 0) & (index < n)
+      for name, values in out.rows.items():
+        if keep is None or name in keep:
+          fill(name, n, index[rows], values, rows)
+      found = np.asarray(out.found)
+      if found.any():  # Pictures of other batches are never fetched.
+        for name, values in out.pictures.items():
+          fill(name, len(found), found, values, found)
+      seen[index[rows]] = True
+      clock(int(seen.sum()))
+      if seen.all():
+        break
+    if not seen.all():
+      raise ValueError(f"{what}: {n - seen.sum()} of {n} examples could not be read.")
+    return whole

@@ -1,14 +1,13 @@
 """The training objective on held-out images, by noise level, for averaged and raw weights."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 
-from evaluators.context import Context
+from evaluators.context import Context, count, open_data
 from umd.checkpoint import WEIGHTS
-from umd.data import load
 from umd.inference import example_keys, example_normal, example_uniform
 from umd.objectives import TIMESTEPS, Stream, score
 from umd.state import TrainState
@@ -19,18 +18,21 @@ class Evaluator:
 
   A stream's timesteps are cut into `bins` equally likely ranges, and each image is scored once in
   each. Timesteps, noise and masks are functions of (seed, example), so two evaluations differ by
-  the weights alone. Labels are shown where the stream shows them, none is dropped.
+  the weights alone. Labels are shown where the stream shows them, none is dropped. Images are read
+  once for all.
 
   Yields "<weights>/<stream>/<term>/<range>", e.g. "ema/noised/eps/t1-250".
   """
 
-  def __init__(self, context: Context, *, data: str, split: str, bins: int = 4):
-    self._context, self._source = context, load(data, split)
+  def __init__(self, context: Context, *, data: Mapping, num: int = 0, bins: int = 4):
+    """`num`: score the first so many images only; 0 for all."""
+    self._context, self._source, self._num = context, open_data("data", data), num
+    count(self._source, num)
     timesteps = context.inference.path.timesteps
     if not 1 <= bins <= timesteps:
       raise ValueError(f"bins={bins} must be in [1, timesteps={timesteps}].")
     self._bins = bins
-    # One program per stream: what tells the ranges apart is data, not shape.
+    # One program per stream: what tells the ranges and weights apart is data, not shape.
     self._score = {
       s.name: context.jit(functools.partial(self._score_batch, s)) for s in context.streams
     }
@@ -58,11 +60,18 @@ class Evaluator:
     return score(model, path, stream, params, images, labels, t, eps, mask_noise)
 
   def __call__(self, state: TrainState) -> Iterator[tuple[str, float]]:
-    for weights, field in WEIGHTS.items():
-      for i, stream in enumerate(self._context.streams):
-        for j, (name, low, high) in enumerate(self._ranges(stream)):
-          part = j + self._bins * i
-          fn = functools.partial(self._score[stream.name], part=part, low=low, high=high)
-          scores = self._context.map(fn, getattr(state, field), self._source)
-          for term, values in scores.items():
-            yield f"{weights}/{stream.name}/{term}/{name}", values.mean()
+    ranges = {stream.name: self._ranges(stream) for stream in self._context.streams}
+
+    def score_all(params, batch):
+      rows = {}
+      for weights, values in params.items():
+        for i, (stream, bins) in enumerate(ranges.items()):
+          for j, (name, low, high) in enumerate(bins):
+            part = j + self._bins * i
+            out = self._score[stream](values, batch, part=part, low=low, high=high)
+            rows |= {f"{weights}/{stream}/{term}/{name}": v for term, v in out.rows.items()}
+      return out._replace(rows=rows)
+
+    params = {weights: getattr(state, field) for weights, field in WEIGHTS.items()}
+    for name, values in self._context.map(score_all, params, self._source, num=self._num).items():
+      yield name, values.mean()

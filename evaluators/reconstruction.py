@@ -1,45 +1,48 @@
 """How well dropped patches are filled in, as a number and as pictures."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping
 
+import jax
 import numpy as np
 
-from evaluators.context import Context
-from umd.data import load
+from evaluators.context import Context, count, open_data
+from umd.data import eval_batches
 from umd.inference import example_keys
 from umd.metrics import Images, to_grid
+from umd.sharding import replicated
 from umd.state import TrainState
 
 
 class Evaluator:
   """Squared error of the x0 head on dropped patches, with fixed masks.
 
-  Yields "masked_mse"; "mean_image_mse", what the mean image of the split scores on the same
-  patches; and "images", rows of original | masked | reconstructed.
+  Yields "masked_mse"; "mean_image_mse", what the mean of the images scores on the same patches; and
+  "images", rows of original | masked | reconstructed.
   """
 
   def __init__(
     self,
     context: Context,
     *,
-    data: str,
-    split: str,
+    data: Mapping,
     mask_ratio: float,
+    num: int = 0,
     t: int = 0,
     rows: int = 8,
     scale: int = 6,
   ):
+    """`num`: look at the first so many images only; 0 for all."""
     model = context.inference.model
     if "x0" not in model.heads:
       raise ValueError(f"reconstruction reads the head 'x0', the model has {model.heads}.")
     if model.keep(mask_ratio) == model.tokens:
       raise ValueError(f"mask_ratio={mask_ratio} masks no token; set it higher.")
     context.check_timestep(t)
-    self._context, self._source = context, load(data, split)
-    self._rows, self._scale = rows, scale
-    mean = self._source.images.mean(axis=0)
+    self._context, self._source, self._num = context, open_data("data", data), num
+    self._scale = scale
 
-    def reconstruct(params, batch):
+    def reconstruct(params, batch, mean):
       images, keys = batch["image"], example_keys(context.seed, batch["index"])
       filled, masked = context.inference.reconstruct(params, images, keys, mask_ratio, t)
       over_masked = lambda error: (error * masked).sum((1, 2, 3)) / masked.sum((1, 2, 3))
@@ -51,14 +54,34 @@ class Evaluator:
         "mean_error": over_masked((mean - images) ** 2),
       }
 
-    self._reconstruct = context.jit(reconstruct)
+    # The same images every time, spread over the data.
+    shown = np.linspace(0, count(self._source, num) - 1, rows).astype(int)
+    self._reconstruct = context.jit(reconstruct, ("image", "filled", "masked"), shown)
+
+  @functools.cached_property
+  def _mean(self) -> np.ndarray:
+    """The mean image [H, W, C], from one pass over the data when it is first needed."""
+    context, n = self._context, count(self._source, self._num)
+
+    def add_up(params, batch):
+      inside = batch["_mask"] * (batch["index"] < n)
+      return (batch["image"] * inside[:, None, None, None]).sum(axis=0), inside.sum()
+
+    add_up = jax.jit(add_up, out_shardings=replicated(context.mesh))
+    total, seen = 0.0, 0
+    batches = eval_batches(self._source, context.batch_size, **context.place())
+    for images, number in context.outputs(add_up, {}, batches):
+      total, seen = total + np.asarray(images, np.float64), seen + int(number)
+      if seen == n:
+        break
+    return (total / seen).astype(np.float32)
 
   def __call__(self, state: TrainState) -> Iterator[tuple[str, float | Images]]:
-    out = self._context.map(self._reconstruct, state.ema_params, self._source)
+    fn = functools.partial(self._reconstruct, mean=self._mean)
+    out = self._context.map(fn, state.ema_params, self._source, num=self._num)
     yield "masked_mse", out["error"].mean()
     yield "mean_image_mse", out["mean_error"].mean()
-    # The same images every time, spread over the split; dropped patches shown in mid-grey.
-    ids = np.linspace(0, len(self._source) - 1, self._rows).astype(int)
-    original, filled, masked = (out[k][ids] for k in ("image", "filled", "masked"))
+    # Dropped patches are shown in mid-grey.
+    original, filled, masked = (out[k] for k in ("image", "filled", "masked"))
     cells = np.stack([original, np.where(masked > 0, 0.0, original), filled], axis=1)
     yield "images", to_grid(cells.reshape(-1, *original.shape[1:]), 3, self._scale)

@@ -18,12 +18,17 @@ class Ridge:
     x = x.astype(np.float64)
     self._mean, self._std = x.mean(axis=0), x.std(axis=0) + 1e-5
     x = self._features(x)
-    targets = 2.0 * np.eye(num_classes)[y] - 1.0
     self._primal = x.shape[1] <= x.shape[0]
     gram = x.T @ x if self._primal else x @ x.T
     self._values, self._vectors = np.linalg.eigh(gram)
-    self._right = self._vectors.T @ (x.T @ targets if self._primal else targets)
-    self._left = self._vectors if self._primal else x.T @ self._vectors
+    if self._primal:
+      # x^T targets by sums over classes: n x classes numbers can be too many.
+      sums = np.stack([x[y == c].sum(axis=0) for c in range(num_classes)], axis=1)
+      self._right = self._vectors.T @ (2.0 * sums - x.sum(axis=0)[:, None])
+      self._left = self._vectors
+    else:
+      self._right = self._vectors.T @ (2.0 * np.eye(num_classes)[y] - 1.0)
+      self._left = x.T @ self._vectors
 
   def _features(self, x):
     x = (x.astype(np.float64) - self._mean) / self._std
@@ -35,5 +40,8 @@ class Ridge:
 
   def accuracy(self, x: Float[np.ndarray, "m d"], y: Int[np.ndarray, "m"], l2: float) -> float:
     """Share of examples whose largest output is their class."""
-    outputs = self._features(x) @ self.weights(l2)
-    return float((outputs.argmax(axis=1) == y).mean())
+    weights, right = self.weights(l2), 0
+    for start in range(0, len(x), 4096):  # Of many examples, a part is in memory at a time.
+      outputs = self._features(x[start : start + 4096]) @ weights
+      right += int((outputs.argmax(axis=1) == y[start : start + 4096]).sum())
+    return right / len(x)

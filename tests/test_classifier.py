@@ -1,23 +1,21 @@
-"""The judge of samples, and the generation evaluator that asks it."""
+"""The judge of samples: trained once, deterministically, at a bounded cost."""
 
-import dataclasses
-import functools
+import itertools
 import os
-import types
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from evaluators import classifier, generation
-from evaluators.classifier import load_or_train
-from evaluators.context import Context
-from umd import fid
-from umd.data import load
-from umd.sharding import make_mesh
+from evaluators import classifier, context
+from evaluators.classifier import Classifier, load_or_train
+from umd.data import from_arrays, load
 
 TRAIN, TEST = load("digits", "train"), load("digits", "test")
+IMAGES, LABELS = TEST.arrays()
 
 
 @pytest.fixture
@@ -32,16 +30,16 @@ def forbidden(*args):
 
 def test_weights_are_trained_once_and_the_same_from_the_cache(quick, monkeypatch, tmp_path):
   cache = str(tmp_path / "new" / "cache")
-  first = load_or_train(TRAIN, cache)(TEST.images)
+  first = load_or_train(TRAIN, cache)(IMAGES)
   monkeypatch.setattr(classifier, "_train", forbidden)
-  again = load_or_train(TRAIN, cache)(TEST.images)
+  again = load_or_train(TRAIN, cache)(IMAGES)
   jax.tree.map(np.testing.assert_array_equal, first, again)
   assert len(os.listdir(cache)) == 1
   probabilities, features = first
   assert probabilities.shape == (len(TEST), 10)
   assert features.shape == (len(TEST), classifier.FEATURES)
   np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
-  assert (probabilities.argmax(axis=1) == TEST.labels).mean() > 0.5
+  assert (probabilities.argmax(axis=1) == LABELS).mean() > 0.5
 
 
 def test_training_is_deterministic(quick, tmp_path):
@@ -54,128 +52,106 @@ def test_training_is_deterministic(quick, tmp_path):
 
 @pytest.mark.parametrize("changed", ["images", "labels", "seed"])
 def test_other_data_or_another_seed_have_weights_of_their_own(monkeypatch, tmp_path, changed):
-  monkeypatch.setattr(classifier, "_train", lambda model, params, source, seed: params)
+  monkeypatch.setattr(classifier, "_train", lambda model, params, *rest: params)
   load_or_train(TEST, str(tmp_path))
-  source, seed = TEST, 0
+  arrays, seed = {"images": IMAGES.copy(), "labels": LABELS.copy()}, 0
   if changed == "seed":
     seed = 1
   else:
-    array = getattr(TEST, changed).copy()
-    array[0] = (array[0] + 1) % 2
-    source = dataclasses.replace(TEST, **{changed: array})
-  load_or_train(source, str(tmp_path), seed)
+    arrays[changed][0] = (arrays[changed][0] + 1) % 2
+  load_or_train(from_arrays("digits:test", **arrays, num_classes=10), str(tmp_path), seed)
+  assert len(os.listdir(tmp_path)) == 2
+  same = from_arrays("another name", IMAGES.copy(), LABELS.copy(), 10)
+  load_or_train(same, str(tmp_path))
   assert len(os.listdir(tmp_path)) == 2
 
 
-class Artist:
-  """Stands for a model: asked for a class, it copies test images of it, in the order of the keys.
+class Small(nn.Module):
+  """The classifier of 8x8 images, layer by layer."""
 
-  With `lies`, those of the next class.
-  """
-
-  def __init__(self, num_classes=10, lies=False):
-    self.model = types.SimpleNamespace(
-      num_classes=num_classes, image_size=(8, 8, 1), init=lambda key, images, t: {"params": {}}
-    )
-    self._lies = lies
-    self._known = jnp.stack([TEST.images[TEST.labels == c][:30] for c in range(10)])
-
-  def sample(self, params, keys, labels, **settings):
-    pick = jax.vmap(lambda key: jax.random.randint(key, (), 0, 30))(keys)
-    assert (labels is None) == (self.model.num_classes == 0)
-    if labels is None:
-      labels = pick % 10
-    return 1.5 * self._known[(labels + self._lies) % 10, pick]
+  @nn.compact
+  def __call__(self, x):
+    x = nn.relu(nn.Conv(32, (3, 3), name="conv1")(x))
+    x = nn.relu(nn.Conv(64, (3, 3), name="conv2")(x))
+    x = nn.avg_pool(x, (2, 2), (2, 2)).reshape(len(x), -1)
+    features = nn.relu(nn.Dense(64, name="hidden")(x))
+    return nn.Dense(10, name="logits")(features), features
 
 
-def make(inference, cache, num=30, batch_size=16, **settings):
-  context = Context(inference, (), make_mesh(), batch_size, 0, str(cache))
-  splits = {"data": "digits", "train_split": "train", "test_split": "test"}
-  return generation.Evaluator(context, **splits, num=num, sampling={}, **settings)
+def test_small_images_are_trained_as_by_hand(quick, tmp_path):
+  """One epoch over 8x8 images: the same network, initialisation, order, schedule and weights."""
+  model, steps = Small(), len(TEST) // 64
+  params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
+  tx = optax.adamw(optax.cosine_onecycle_schedule(steps, 3e-3), weight_decay=1e-2)
+
+  def loss(params, x, y):
+    logits, _ = model.apply({"params": params}, x)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+  @jax.jit
+  def update(params, state, x, y):
+    updates, state = tx.update(jax.grad(loss)(params, x, y), state, params)
+    return optax.apply_updates(params, updates), state
+
+  state = tx.init(params)
+  for ids in np.random.default_rng(0).permutation(len(TEST))[: steps * 64].reshape(steps, -1):
+    params, state = update(params, state, IMAGES[ids], LABELS[ids])
+  expected = model.apply({"params": params}, IMAGES[:50])[1]
+  found = load_or_train(TEST, str(tmp_path))(IMAGES[:50])[1]
+  np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
-@functools.cache
-def evaluate(cache, lies=False):
-  """What a truthful or a lying artist gets, measured once."""
-  return dict(make(Artist(lies=lies), cache)(STATE))
+@pytest.mark.parametrize(
+  "size, side", [((8, 8, 1), 8), ((28, 28, 1), 7), ((32, 32, 3), 8), ((64, 64, 3), 8)]
+)
+def test_larger_images_are_halved_to_eight_pixels_first(size, side):
+  model = Classifier(7)
+  init = lambda: model.init_with_output(jax.random.key(0), jnp.zeros((2, *size)))
+  (logits, features), variables = jax.eval_shape(init)
+  assert logits.shape == (2, 7) and features.shape == (2, 64)
+  params = variables["params"]
+  assert params["hidden"]["kernel"].shape == ((side // 2) ** 2 * 64, 64)
+  assert len(params) == 4 + {8: 0, 28: 2, 32: 2, 64: 3}[size[0]]
 
 
-STATE = types.SimpleNamespace(ema_params={})
+@pytest.mark.parametrize("number, steps", [(640, 20), (64 * 50, 25), (10, 3)])
+def test_training_is_at_most_so_many_epochs_and_steps(monkeypatch, number, steps):
+  """Each epoch shows another order, no example twice; the schedule ends where training does."""
+  shown, schedules = [], []
+  monkeypatch.setattr(classifier, "EPOCHS", 2 if number > 64 else 3)
+  monkeypatch.setattr(classifier, "MAX_STEPS", 25)
+  monkeypatch.setattr(classifier.jax, "jit", lambda step: lambda p, s, x, y: (shown.append(y), s))
+  honest = optax.cosine_onecycle_schedule
+  keep = lambda *args: schedules.append(args) or honest(*args)
+  monkeypatch.setattr(classifier.optax, "cosine_onecycle_schedule", keep)
+  labels = np.arange(number)
+  source = from_arrays("many", np.zeros((number, 1, 1, 1)), labels, number)
+  classifier._train(Classifier(number), {}, source, 0, print)
+  assert len(shown) == steps == schedules[0][0]
+  per_epoch = max(number // 64, 1)
+  epochs = [np.concatenate(shown[i : i + per_epoch]) for i in range(0, steps, per_epoch)]
+  assert len(set(epochs[0].tolist())) == len(epochs[0]) == min(64 * steps, 64 * per_epoch, number)
+  assert all((a[: len(b)] != b).any() for a, b in itertools.pairwise(epochs))
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-  """A cache with trained weights: two epochs, since one leaves too much to chance."""
-  folder = tmp_path_factory.mktemp("cache")
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(classifier, "EPOCHS", 2)
-    load_or_train(TRAIN, str(folder))
-  return folder
+def test_training_that_takes_long_tells_how_far_it_is(quick, monkeypatch, tmp_path):
+  monkeypatch.setattr(context, "PATIENCE", 0.0)
+  lines = []
+  load_or_train(TEST, str(tmp_path), progress=lines.append)
+  assert lines[-1].endswith(f"{len(TEST) // 64} of {len(TEST) // 64}")
+  assert "digits:test" in lines[0]
 
 
-def test_samples_are_measured_as_by_hand(cache):
-  found = evaluate(cache)
-  classify = load_or_train(TRAIN, str(cache))
-  labels = np.arange(30) % 10
-  keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.arange(30))
-  images = np.clip(Artist().sample({}, keys, labels), -1, 1)
-  moments = lambda x: fid.moments(np.asarray(classify(x)[1]))
-  distances = {
-    k: fid.frechet_distance(*moments(x), *moments(TRAIN.images))
-    for k, x in {"": images, "_floor": TEST.images}.items()
-  }
-  for name, distance in distances.items():
-    assert found[f"frechet_classifier{name}"] == pytest.approx(distance, rel=1e-3)
-  probabilities = np.asarray(classify(images)[0])
-  assert found["agreement"] == (probabilities.argmax(axis=1) == labels).mean()
-  assert found["score_classifier"] == pytest.approx(fid.inception_score(probabilities), rel=1e-4)
-  accuracy = (np.asarray(classify(TEST.images)[0]).argmax(axis=1) == TEST.labels).mean()
-  assert found["classifier_accuracy"] == pytest.approx(accuracy)
-  low, high = (found[f"frechet_classifier_{k}"] for k in ("floor", "ceiling"))
-  position = (found["frechet_classifier"] - low) / (high - low)
-  assert found["frechet_classifier_position"] == pytest.approx(position)
-  assert 0 < low < high
+def test_data_without_labels_is_an_error_that_says_what_to_do(tmp_path):
+  source = from_arrays("cats", IMAGES, None, 0)
+  with pytest.raises(ValueError, match=r"cats has no labels.*Name labelled data"):
+    load_or_train(source, str(tmp_path))
 
 
-def test_agreement_is_with_the_class_asked_for(cache):
-  right, wrong = evaluate(cache), evaluate(cache, lies=True)
-  assert right["agreement"] > 0.7
-  assert wrong["agreement"] < 0.2
-
-
-def test_a_model_without_labels_is_asked_for_none_and_has_no_agreement(cache):
-  found = dict(make(Artist(num_classes=0), cache)(STATE))
-  assert "agreement" not in found
-  assert "frechet_classifier" in found
-
-
-def test_the_batch_size_changes_nothing(cache):
-  few, many = evaluate(cache), dict(make(Artist(), cache, batch_size=64)(STATE))
-  for name, value in few.items():
-    if name == "images":
-      np.testing.assert_array_equal(value.pixels, many[name].pixels)
-    else:
-      assert value == pytest.approx(many[name], rel=1e-4)
-
-
-@pytest.mark.parametrize("num, columns, width", [(30, 2, 2), (20, 5, 2)])
-def test_pictures_are_one_row_per_class(cache, num, columns, width):
-  """Also where a class has fewer samples than there are columns."""
-  evaluator = make(Artist(), cache, num=num, columns=columns, scale=1)
-  pixels = dict(evaluator(STATE))["images"].pixels
-  assert pixels.shape[0] == 10 * 9 + 1
-  known = {i.tobytes(): c for i, c in zip(as_levels(1.5 * TEST.images), TEST.labels, strict=True)}
-  for row in range(10):
-    for column in range(width):
-      cell = pixels[9 * row + 1 : 9 * row + 9, 9 * column + 1 : 9 * column + 9]
-      assert known[cell.tobytes()] == row
-
-
-def as_levels(images):
-  return np.round((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
-
-
-@pytest.mark.parametrize("num", [0, 1, 15])
-def test_a_number_of_samples_that_is_unfair_to_classes_is_an_error(cache, num):
-  with pytest.raises(ValueError, match=rf"num={num}\b.*\b10\b"):
-    make(Artist(), cache, num=num)
+def test_data_that_is_too_large_for_memory_is_an_error_before_it_is_read(monkeypatch):
+  monkeypatch.setattr(classifier, "MAX_BYTES", len(TEST) * 64 * 4 - 1)
+  monkeypatch.setattr(type(TEST), "arrays", lambda self: pytest.fail("read"))
+  with pytest.raises(ValueError, match=r"digits:test.*train\[:50000\]"):
+    classifier.check(TEST)
+  monkeypatch.setattr(classifier, "MAX_BYTES", len(TEST) * 64 * 4)
+  classifier.check(TEST)

@@ -10,22 +10,25 @@ import numpy as np
 import pytest
 
 import evaluators
+from evaluators import context as contexts
 from evaluators import losses, reconstruction
 from evaluators.context import Context
-from umd.data import load
+from umd.data import eval_batches, load
 from umd.inference import Inference
 from umd.metrics import Images
 from umd.objectives import Stream, Term
 from umd.paths import make_path
-from umd.sharding import make_mesh
+from umd.sharding import make_mesh, state_shardings
 
-DIGITS = {"data": "digits", "split": "test"}
+DIGITS = {"data": {"name": "digits", "split": "test"}}
+TEST = load("digits", "test")
 PATH = make_path("cosine", 20)
 HALF = {"eps": Term("eps", "visible", 0.5), "x0": Term("x0", "masked", 0.5)}
 STREAMS = (
   Stream("clean", {"x0": Term("x0", "masked")}, (0.0, 0.5), "clean", 0.75, False),
   Stream("noised", HALF, (0.5, 1.0), "uniform", 0.5),
 )
+STATE = types.SimpleNamespace(params={}, ema_params={})  # Of a stub that needs no weights.
 # The first has no padding to get wrong: the whole set is one batch on one device.
 SETTINGS = {"unpadded": (1, None), "many": (4, 64), "some": (2, 128), "larger": (1, 364)}
 
@@ -40,7 +43,7 @@ def model_state(nano):
 
 def make_context(inference, devices=4, batch_size=64, streams=STREAMS, cache=""):
   mesh = make_mesh(jax.devices()[:devices])
-  return Context(inference, streams, mesh, batch_size or len(load("digits", "test")), 0, cache)
+  return Context(inference, streams, mesh, batch_size or len(TEST), 0, cache)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,16 @@ def test_numbers_do_not_depend_on_batch_padding_or_devices(values, kind, setting
       assert found[name] == pytest.approx(value, rel=1e-4)
 
 
+def test_parameters_that_are_split_over_the_devices_give_the_same(model_state, values):
+  model, state = model_state
+  context = make_context(Inference(model, PATH), *SETTINGS["many"])
+  placed = jax.device_put(state.ema_params, state_shardings(state.ema_params, context.mesh, True))
+  assert not all(x.sharding.is_fully_replicated for x in jax.tree.leaves(placed))
+  evaluator = reconstruction.Evaluator(context, **DIGITS, mask_ratio=0.75)
+  found = dict(evaluator(types.SimpleNamespace(ema_params=placed)))["masked_mse"]
+  assert found == pytest.approx(values("reconstruction", "many")["masked_mse"], rel=1e-5)
+
+
 def test_losses_are_yielded_for_both_weights_and_all_terms(values):
   scores = ["clean/x0/t0", "noised/eps/t1-20", "noised/x0/t1-20"]
   found = values("losses", "unpadded")
@@ -88,15 +101,55 @@ def test_losses_score_each_image_at_a_noise_level_of_the_bin(monkeypatch):
   model = types.SimpleNamespace(num_classes=0, tokens=16)
   streams = (Stream("n", {}, timesteps="uniform"), Stream("c", {}, timesteps="clean"))
   context = make_context(types.SimpleNamespace(model=model, path=PATH), streams=streams)
-  found = dict(
-    losses.Evaluator(context, **DIGITS, bins=4)(types.SimpleNamespace(params={}, ema_params={}))
-  )
+  found = dict(losses.Evaluator(context, **DIGITS, bins=4)(STATE))
   centres = {"t1-5": 3, "t6-10": 8, "t11-15": 13, "t16-20": 18}
   assert {k.split("/")[-1] for k in found} == {"t0", *centres}
   for name, centre in centres.items():
     # 359 draws from 5 equally likely timesteps: their mean deviates by .075.
     assert found[f"ema/n/t/{name}"] == pytest.approx(centre, abs=0.3)
   assert found["ema/c/t/t0"] == 0
+
+
+@pytest.fixture
+def passes(monkeypatch):
+  """Counts the passes over data: {name of the source: number}."""
+  counts = {}
+
+  def counted(source, *args, **kwargs):
+    counts[source.name] = counts.get(source.name, 0) + 1
+    return eval_batches(source, *args, **kwargs)
+
+  for module in (contexts, reconstruction):
+    monkeypatch.setattr(module, "eval_batches", counted)
+  return counts
+
+
+@pytest.fixture
+def brightness(monkeypatch):
+  """A losses evaluator for which the error of an image is its mean pixel."""
+  score = lambda model, path, stream, params, images, *rest: {"mean": images.mean((1, 2, 3))}
+  monkeypatch.setattr(losses, "score", score)
+  model = types.SimpleNamespace(num_classes=0, tokens=16)
+  context = make_context(types.SimpleNamespace(model=model, path=PATH), batch_size=32)
+  return functools.partial(losses.Evaluator, context, **DIGITS)
+
+
+def test_losses_read_the_images_once_for_all_streams_weights_and_bins(brightness, passes):
+  assert len(dict(brightness(bins=2)(STATE))) == 2 * (1 + 2)
+  assert passes == {"digits:test": 1}
+
+
+@pytest.mark.parametrize("num, expected", [(0, len(TEST)), (100, 100), (10_000, len(TEST))])
+def test_num_examples_are_the_first_ones(brightness, num, expected):
+  images = TEST.arrays()[0][:expected]
+  found = set(dict(brightness(num=num)(STATE)).values())
+  assert list(found) == [pytest.approx(images.mean(), rel=1e-4)] * len(found)
+  context = make_context(Filler(0.5), batch_size=32)
+  evaluator = reconstruction.Evaluator(context, **DIGITS, mask_ratio=0.5, num=num, rows=2, scale=1)
+  found = dict(evaluator(STATE))
+  assert found["mean_image_mse"] == pytest.approx(images[:, 4:].var(axis=0).mean(), rel=1e-4)
+  last = found["images"].pixels[10:18, 1:9] / 127.5 - 1
+  np.testing.assert_allclose(last, images[-1], atol=1 / 127)
 
 
 class Filler:
@@ -114,9 +167,9 @@ class Filler:
 @pytest.mark.parametrize("off", [0.0, 0.5])
 def test_reconstruction_error_is_over_masked_pixels_and_compared_with_the_mean_image(off):
   evaluator = reconstruction.Evaluator(make_context(Filler(off)), **DIGITS, mask_ratio=0.5)
-  found = dict(evaluator(types.SimpleNamespace(ema_params={})))
+  found = dict(evaluator(STATE))
   assert found["masked_mse"] == pytest.approx(off**2, abs=1e-12)
-  lower = load("digits", "test").images[:, 4:]
+  lower = TEST.arrays()[0][:, 4:]
   assert found["mean_image_mse"] == pytest.approx(lower.var(axis=0).mean(), rel=1e-4)
 
 
@@ -124,7 +177,7 @@ def test_reconstruction_pictures_are_rows_of_original_masked_and_filled():
   evaluator = reconstruction.Evaluator(
     make_context(Filler(0.25)), **DIGITS, mask_ratio=0.5, rows=5, scale=2
   )
-  pixels = dict(evaluator(types.SimpleNamespace(ema_params={})))["images"].pixels
+  pixels = dict(evaluator(STATE))["images"].pixels
   side = 2 * 8 + 1
   assert pixels.shape == (5 * side + 1, 3 * side + 1, 1)
   cells = pixels[1:, 1:].reshape(5, side, 3, side)[:, :16:2, :, :16:2].transpose(0, 2, 1, 3)
@@ -135,6 +188,14 @@ def test_reconstruction_pictures_are_rows_of_original_masked_and_filled():
   raised = np.minimum(original[:, 4:] + 0.25 * 127.5, 255)
   assert np.abs(filled[:, 4:] - raised).max() <= 1
   assert len(np.unique(original.reshape(5, -1), axis=0)) == 5
+
+
+def test_the_mean_image_is_computed_when_needed_and_only_once(passes):
+  evaluator = reconstruction.Evaluator(make_context(Filler(0.25)), **DIGITS, mask_ratio=0.5)
+  assert passes == {}
+  for expected in (2, 3):
+    dict(evaluator(STATE))
+    assert passes == {"digits:test": expected}
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.5, 0.99])
@@ -176,7 +237,12 @@ RIGHT = {"type": "losses", "every": 5, **DIGITS}
     ({"every": 2.5}, ["every", "2.5"]),
     ({"bins": 21}, ["bins=21", "20"]),
     ({"bins": 0}, ["bins=0"]),
-    ({"split": "val"}, ["'val'", "train", "test"]),
+    ({"data": {"name": "digits", "split": "val"}}, ["'val'", "train", "test"]),
+    ({"data": {"name": "digit", "split": "test"}}, ["'digit'", "digits", "tfds"]),
+    ({"data": {"name": "digits", "splits": "test"}}, ["data", "'splits'", "'split'", "'pp'"]),
+    ({"data": {"name": "digits"}}, ["data", "'split'"]),
+    ({"data": "digits"}, ["data='digits'", "split=..."]),
+    ({"num": -1}, ["num=-1"]),
     ({"binz": 3}, ["binz"]),
   ],
 )
@@ -195,8 +261,14 @@ def test_an_unknown_setting_is_an_error_that_names_the_known_ones():
 
 
 def test_a_missing_setting_is_an_error_that_names_it():
-  with pytest.raises(ValueError, match=r"evals\.eval_name.*split"):
-    build(eval_name={"type": "losses", "every": 5, "data": "digits"})
+  with pytest.raises(ValueError, match=r"evals\.eval_name.*data"):
+    build(eval_name={"type": "losses", "every": 5})
+
+
+def test_data_that_is_not_there_is_an_error_that_names_evaluator_and_data(tmp_path):
+  missing = {"name": f"npz:{tmp_path}/no.npz", "split": "all"}
+  with pytest.raises(FileNotFoundError, match=r"evals\.eval_name.*no\.npz"):
+    build(eval_name={**RIGHT, "data": missing})
 
 
 def test_config_order_names_and_settings_are_kept():

@@ -12,7 +12,7 @@ from umd.masking import mask_from_noise, patchify, unpatchify
 from umd.models.autoencoder import AutoEncoder
 from umd.paths import Path
 
-FEATURES = ("class", "patches")  # What `Inference.represent` returns.
+FEATURES = ("class", "mean", "patches")  # What `Inference.represent` returns.
 
 
 def example_keys(seed: int, index: Int[Array, "b"]) -> Array:
@@ -47,13 +47,16 @@ class Inference:
   ) -> dict[str, Float[Array, "b _"]]:
     """Representations of images noised to timestep t (0: clean), a key per example.
 
-    Returns {"class": [B, D], "patches": [B, N * D]}: the mean of the class tokens, which is the
-    paper's representation, and all patch tokens side by side, which keeps places apart.
+    Returns {"class": [B, D], "mean": [B, D], "patches": [B, N * D]}: the mean of the class tokens,
+    which is the paper's representation; the mean of the patch tokens; and all patch tokens side by
+    side, which keeps places apart.
     """
     times = jnp.full(len(images), t, jnp.int32)
     x_t = self.path.combine("x_t", images, example_normal(keys, images.shape[1:]), times)
     pooled, tokens = self.model.apply({"params": params}, x_t, times, method="represent")
-    return {"class": pooled, "patches": tokens.astype(jnp.float32).reshape(len(images), -1)}
+    tokens = tokens.astype(jnp.float32)
+    side_by_side = tokens.reshape(len(images), -1)
+    return {"class": pooled, "mean": tokens.mean(axis=1), "patches": side_by_side}
 
   def reconstruct(
     self, params, images: Float[Array, "b h w c"], keys: Array, mask_ratio: float, t: int = 0
