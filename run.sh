@@ -48,6 +48,34 @@ find_python() {
   exit 1
 }
 
+lock() {  # Several processes of one launch may share this folder: one installs, the others wait.
+  local waited=0
+  until mkdir .venv.lock 2>/dev/null; do
+    if [[ ! -w . ]]; then
+      echo "error: cannot write in $PWD, so nothing can be installed here." >&2
+      exit 1
+    elif ((waited == 0)); then
+      echo "Waiting for another process that installs into .venv" >&2
+    elif ((waited >= 1800)); then
+      echo "error: waited half an hour for .venv.lock. If nothing installs, remove that folder." >&2
+      exit 1
+    fi
+    sleep 2
+    waited=$((waited + 2))
+  done
+  trap 'rmdir .venv.lock' EXIT
+  trap 'exit 130' INT TERM
+}
+
+unlock() {
+  rmdir .venv.lock
+  trap - EXIT INT TERM
+}
+
+installed() {
+  [[ "$(cat .venv/installed 2>/dev/null)" == "$1" ]]
+}
+
 install() {
   local kind="$1" want python extra=()
   case "$kind" in
@@ -57,16 +85,20 @@ install() {
     *) echo "error: UMD_ACCELERATOR=$kind is not cpu, cuda or tpu." >&2; exit 1 ;;
   esac
   want="$kind $(cksum < requirements.txt)"
-  if [[ "$(cat .venv/installed 2>/dev/null)" == "$want" ]]; then
+  if installed "$want"; then
     return
   fi
   python="$(find_python)"
-  echo "Installing for $kind into .venv (once; a minute or more)" >&2
-  # Remade if it is broken or from another Python, kept otherwise: pip changes what it must.
-  .venv/bin/python -c 'import pip' 2>/dev/null || "$python" -m venv --clear .venv
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-    -r requirements.txt ${extra[@]+"${extra[@]}"} >&2
-  echo "$want" > .venv/installed
+  lock
+  if ! installed "$want"; then
+    echo "Installing for $kind into .venv (once; a minute or more)" >&2
+    # Remade if it is broken or from another Python, kept otherwise: pip changes what it must.
+    .venv/bin/python -c 'import pip' 2>/dev/null || "$python" -m venv --clear .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+      -r requirements.txt ${extra[@]+"${extra[@]}"} >&2
+    echo "$want" > .venv/installed
+  fi
+  unlock
 }
 
 case "${1:-}" in

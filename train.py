@@ -18,25 +18,38 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command resumes it.")
 KEY = flags.DEFINE_string("key", None, "API key of Weights & Biases; switches it on.")
+COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "HOST:PORT of process 0, where several processes meet (docs/launching.md)."
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes run this command.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+START_SECONDS = flags.DEFINE_integer("start_seconds", 300, "How long to wait for all processes.")
+HEARTBEAT_SECONDS = flags.DEFINE_integer(
+  "heartbeat_seconds", 60, "A process silent for so long is dead; the others then end, too."
+)
 
 EXAMPLE = "python -m train --config configs/quickstart.py:method=umd --workdir runs/quickstart"
 
 
-def _is_user_error(error: Exception) -> bool:
+USER_ERRORS = (ValueError, FileNotFoundError, FloatingPointError)
+
+
+def _is_user_error(error: BaseException) -> bool:
   """Whether our own code raised it to say what is wrong with the input."""
-  if not isinstance(error, (ValueError, FileNotFoundError, FloatingPointError)):
+  if not isinstance(error, USER_ERRORS):
     return False
   raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
   here = os.path.dirname(os.path.abspath(__file__))
   return os.path.abspath(raised_in).startswith(here) and "site-packages" not in raised_in
 
 
-def _fail(error: Exception) -> None:
-  """Ends with the message alone if it is meant for the user, with a traceback otherwise."""
-  if not _is_user_error(error):
-    raise error
-  print(f"error: {error}", file=sys.stderr)
-  sys.exit(2)
+def _report(error: BaseException) -> int:
+  """Prints the message alone if it is meant for the user, else a traceback; the exit status."""
+  if _is_user_error(error):
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  traceback.print_exception(error)
+  return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 def _parse_flags(argv):
@@ -58,18 +71,26 @@ def _parse_flags(argv):
 def main(argv):
   if len(argv) > 1 or CONFIG.value is None or WORKDIR.value is None:
     sys.exit(f"error: --config and --workdir are needed, nothing else. Example:\n  {EXAMPLE}")
-  if "://" in WORKDIR.value:
-    sys.exit(f"error: --workdir={WORKDIR.value} must be a folder of this machine, not an address.")
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save otherwise.
-  from trainers import stages  # Imports JAX: after the flags are known to be right.
+  from umd import distributed  # Imports JAX: after the flags are known to be right.
 
   config = CONFIG.value
   try:
+    distributed.start(
+      COORDINATOR.value,
+      NUM_PROCESSES.value,
+      PROCESS_ID.value,
+      timeout_seconds=START_SECONDS.value,
+      heartbeat_seconds=HEARTBEAT_SECONDS.value,
+    )
+    from trainers import stages
+
     summaries = stages.run(config, WORKDIR.value, KEY.value)
-  except (ValueError, FileNotFoundError, FloatingPointError) as error:
-    _fail(error)
-  print(stages.table(summaries), flush=True)
+    if distributed.is_main():
+      print(stages.table(summaries), flush=True)
+  except (Exception, KeyboardInterrupt) as error:
+    distributed.leave(_report(error))
 
 
 if __name__ == "__main__":

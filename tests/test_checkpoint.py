@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from umd.checkpoint import Checkpoints, load_params
@@ -119,3 +120,17 @@ def test_without_a_checkpoint_the_error_names_the_folder(tmp_path, folder):
 def test_unknown_weights_are_an_error_that_names_the_known(run):
   with pytest.raises(ValueError, match=r"'best'.*'ema'.*'raw'"):
     load_params(run, "best")
+
+
+@pytest.mark.parametrize(
+  ("workdir", "folder"),
+  [("gs://bucket/run", "gs://bucket/run/checkpoints"), ("run", "{here}/run/checkpoints")],
+)
+def test_orbax_is_given_an_address_as_it_is_and_a_folder_in_full(
+  monkeypatch, tmp_path, workdir, folder
+):
+  seen = []
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(ocp, "CheckpointManager", lambda folder, **_: seen.append(str(folder)))
+  Checkpoints(workdir)
+  assert seen == [folder.format(here=tmp_path)]

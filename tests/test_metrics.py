@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from umd import metrics
+from umd import workdir as folder
 from umd.metrics import Images, JsonLines, PngFolder, Progress, TensorBoard, Wandb, Writer
 
 
@@ -249,3 +250,75 @@ def test_progress_leaves_out_the_first_stretch_and_pauses(monkeypatch):
 )
 def test_seconds_are_shown_as_a_clock_does(seconds, text):
   assert metrics.format_seconds(seconds) == text
+
+
+@pytest.fixture
+def remote(monkeypatch, tmp_path):
+  """An address of TensorFlow's file system in memory; no file may appear on this machine."""
+  import tensorflow as tf
+
+  class GFile(tf.io.gfile.GFile):
+    """In memory, opening a file again to write it appends; object stores replace it."""
+
+    def __init__(self, name, mode="r"):
+      if "w" in mode and tf.io.gfile.exists(name):
+        tf.io.gfile.remove(name)
+      super().__init__(name, mode)
+
+  monkeypatch.setattr(tf.io.gfile, "GFile", GFile)
+  monkeypatch.chdir(tmp_path)
+  yield f"ram://bucket/{tmp_path.name}"
+  assert not os.listdir(tmp_path)
+
+
+def test_records_at_an_address_appear_at_flush_or_within_a_minute_and_resume(monkeypatch, remote):
+  now = [0.0]
+  monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+  path = f"{remote}/metrics.jsonl"
+  steps = lambda: [r["step"] for r in metrics.read_jsonl(path)]
+  sink = JsonLines(remote, 0)
+  for step, time_, seen in [(1, 1, []), (2, 59, []), (3, 60, [1, 2, 3]), (4, 119, [1, 2, 3])]:
+    now[0] = time_
+    sink.scalars(step, {"loss": 0.5})
+    assert steps() == seen
+  sink.flush()
+  assert steps() == [1, 2, 3, 4]
+  sink.scalars(5, {"loss": 0.5})
+  sink.close()
+  assert steps() == [1, 2, 3, 4, 5]
+  again = JsonLines(remote, 3)
+  assert [r["step"] for r in again.earlier] == steps() == [1, 2, 3]
+  again.scalars(4, {"loss": 0.25})
+  again.close()
+  assert metrics.read_jsonl(path)[3:] == [{"step": 4, "loss": 0.25}]
+
+
+def test_pictures_and_event_files_are_written_at_an_address(remote):
+  import tensorflow as tf
+
+  pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
+  writer = Writer([PngFolder(remote), TensorBoard(remote)])
+  writer.write(12, {"eval/images": Images(pixels), "loss": 0.25})
+  writer.close()
+  written = tf.io.read_file(f"{remote}/images/eval/images_00000012.png")
+  np.testing.assert_array_equal(tf.io.decode_png(written), pixels)
+  (events,) = tf.io.gfile.glob(f"{remote}/tensorboard/*")
+  found = [
+    (event.step, value.tag)
+    for event in tf.compat.v1.train.summary_iterator(events)
+    for value in event.summary.value
+  ]
+  assert sorted(found) == [(12, "eval/images"), (12, "loss")]
+
+
+def test_wandb_keeps_its_id_at_the_address_and_its_files_on_this_machine(monkeypatch, remote):
+  inits = []
+  run = types.SimpleNamespace(log=lambda *a, **k: None, finish=lambda: None)
+  module = fake_wandb(init=lambda **settings: inits.append(settings) or run)
+  monkeypatch.setitem(sys.modules, "wandb", module)
+  for _ in range(2):
+    Wandb(remote, {}, None, mode="offline", project="p").close()
+  assert inits[0]["id"] == inits[1]["id"] == folder.read_bytes(f"{remote}/wandb_id").decode() != ""
+  for settings in inits:
+    assert os.path.isdir(settings["dir"]) and "://" not in settings["dir"]
+    os.rmdir(settings["dir"])

@@ -134,3 +134,72 @@ def test_the_environment_names_versions_devices_and_command(tmp_path, monkeypatc
   assert len(found["devices"]) == jax.device_count()
   assert found["backend"] == "cpu"
   assert found["command"] == [sys.executable, "train.py", "--workdir", "here"]
+
+
+@pytest.fixture
+def remote(monkeypatch, tmp_path):
+  """An address of TensorFlow's file system in memory; no file may appear on this machine."""
+  import tensorflow as tf
+
+  class GFile(tf.io.gfile.GFile):
+    """In memory, opening a file again to write it appends; object stores replace it."""
+
+    def __init__(self, name, mode="r"):
+      if "w" in mode and tf.io.gfile.exists(name):
+        tf.io.gfile.remove(name)
+      super().__init__(name, mode)
+
+  monkeypatch.setattr(tf.io.gfile, "GFile", GFile)
+  monkeypatch.setattr(folder, "SCHEMES", ("ram",))
+  monkeypatch.chdir(tmp_path)
+  yield f"ram://bucket/{tmp_path.name}"
+  assert not os.listdir(tmp_path)
+
+
+def test_a_run_at_an_address_is_written_and_read_as_on_this_machine(remote):
+  folder.check_writable(remote)
+  assert not folder.exists(remote) and folder.finished(remote) is None
+  folder.check_same_run(remote, CONFIG, ())
+  folder.start(remote, CONFIG)
+  assert folder.exists(remote) and folder.exists(folder.join(remote, "config.json"))
+  assert folder.flatten(folder.read_json(f"{remote}/config.json")) == folder.flatten(CONFIG)
+  assert folder.read_json(f"{remote}/environment.json")["backend"] == "cpu"
+  with pytest.raises(ValueError, match=r"lr: there 0\.1, now 0\.25"):
+    folder.check_same_run(remote, {**CONFIG, "lr": 0.25}, ())
+  folder.finish(remote, {"step": 1})
+  folder.finish(remote, {"step": 5})
+  assert folder.finished(remote) == {"step": 5}
+
+
+@pytest.mark.parametrize("path", ["new/run", "there", "./there/", "/tmp"])
+def test_looking_whether_a_folder_can_be_written_leaves_nothing_there(tmp_path, monkeypatch, path):
+  monkeypatch.chdir(tmp_path)
+  os.mkdir("there")
+  folder.check_writable(path)
+  assert os.listdir(tmp_path) == ["there"] and not os.listdir("there")
+
+
+@pytest.mark.parametrize(
+  ("workdir", "told"),
+  [
+    ("file/run", "file is no folder"),
+    ("s3://bucket/run", "must be a folder of this machine or gs://"),
+    ("absent://bucket/run", "not implemented.*credentials"),
+  ],
+)
+def test_a_workdir_that_cannot_be_written_is_an_error_that_names_it(
+  tmp_path, monkeypatch, workdir, told
+):
+  if workdir.startswith("absent"):  # an address that TensorFlow cannot reach
+    monkeypatch.setattr(folder, "SCHEMES", ("absent",))
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "file").write_text("")
+  with pytest.raises(ValueError, match=f"workdir='{workdir}' cannot be written: .*{told}"):
+    folder.check_writable(workdir)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_named(tmp_path):
+  tmp_path.chmod(0o500)
+  with pytest.raises(ValueError, match=f"no permission to write in {tmp_path}"):
+    folder.check_writable(str(tmp_path / "run"))

@@ -4,12 +4,17 @@ import dataclasses
 import json
 import os
 import secrets
+import tempfile
 import time
 import warnings
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
+
+from umd import workdir as folder
+
+REWRITE_SECONDS = 60.0  # Object stores cannot append: metrics.jsonl is rewritten so often there.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,43 +43,59 @@ def to_grid(images: np.ndarray, columns: int, scale: int = 1, gap: int = 1) -> I
 
 def read_jsonl(path: str) -> list[dict]:
   """The records of a JSON-lines file; a torn last line (a killed writer's) is left out."""
-  if not os.path.exists(path):
-    return []
   records = []
-  with open(path, encoding="utf-8") as f:
-    for line in f:
-      try:
-        records.append(json.loads(line))
-      except json.JSONDecodeError:
-        break
+  for line in (folder.read_bytes(path) or b"").splitlines():
+    try:
+      records.append(json.loads(line))
+    except ValueError:
+      break
   return records
 
 
 class JsonLines:
-  """`metrics.jsonl`: one record per call, {"step": n, name: value, ...}."""
+  """`metrics.jsonl`: one record per call, {"step": n, name: value, ...}.
+
+  In a folder of this machine a record is there at once; elsewhere within a minute, or at `flush`.
+  """
 
   def __init__(self, workdir: str, start_step: int):
     """Drops records after `start_step`: a resumed run writes them again."""
-    path = os.path.join(workdir, "metrics.jsonl")
-    self.earlier = [r for r in read_jsonl(path) if r["step"] <= start_step]
-    temporary = path + ".tmp"
-    with open(temporary, "w", encoding="utf-8") as f:
-      f.writelines(json.dumps(r) + "\n" for r in self.earlier)
-    os.replace(temporary, path)
-    self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+    self._path = os.path.join(workdir, "metrics.jsonl")
+    self.earlier = [r for r in read_jsonl(self._path) if r["step"] <= start_step]
+    self._lines = [json.dumps(r) + "\n" for r in self.earlier]
+    self._rewrite()
+    self._file = None
+    if not folder.scheme(workdir):
+      self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+
+  def _rewrite(self) -> None:
+    folder.write_bytes(self._path, "".join(self._lines).encode())
+    self._written, self._time = len(self._lines), time.monotonic()
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
-    self._file.write(json.dumps({"step": step, **values}) + "\n")
-    self._file.flush()
+    line = json.dumps({"step": step, **values}) + "\n"
+    if self._file:
+      self._file.write(line)
+      self._file.flush()
+      return
+    self._lines.append(line)
+    if time.monotonic() - self._time >= REWRITE_SECONDS:
+      self._rewrite()
 
   def image(self, step: int, name: str, pixels: np.ndarray) -> None:
     pass
 
   def flush(self) -> None:
-    os.fsync(self._file.fileno())
+    if self._file:
+      os.fsync(self._file.fileno())
+    elif self._written < len(self._lines):
+      self._rewrite()
 
   def close(self) -> None:
-    self._file.close()
+    if self._file:
+      self._file.close()
+    else:
+      self.flush()
 
 
 class PngFolder:
@@ -90,8 +111,7 @@ class PngFolder:
     import tensorflow as tf
 
     path = os.path.join(self._folder, f"{name}_{step:08d}.png")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    tf.io.write_file(path, tf.io.encode_png(pixels))
+    folder.write_bytes(path, tf.io.encode_png(pixels).numpy())
 
   def flush(self) -> None:
     pass
@@ -129,7 +149,7 @@ class Wandb:
     """Starts the run, or continues the one that `wandb_id` in the workdir names.
 
     Args:
-      workdir: also where offline data goes.
+      workdir: also where offline data goes (a temporary folder if the workdir is an address).
       config: shown beside the curves.
       key: API key, None to use the login of the machine.
       **settings: mode ("online" or "offline"), project, entity, name.
@@ -142,12 +162,12 @@ class Wandb:
     if key and settings["mode"] == "online":
       wandb.login(key=key)
     id_file = os.path.join(workdir, "wandb_id")
-    if not os.path.exists(id_file):
-      with open(id_file, "w", encoding="utf-8") as f:
-        f.write(secrets.token_hex(4))
-    with open(id_file, encoding="utf-8") as f:
-      run_id = f.read()
-    return wandb.init(dir=workdir, config=config, id=run_id, resume="allow", **settings)
+    if not folder.read_bytes(id_file):
+      folder.write_bytes(id_file, secrets.token_hex(4).encode())
+    run_id = folder.read_bytes(id_file).decode()
+    # Its own files must be on this machine.
+    local = tempfile.mkdtemp(prefix="wandb_") if folder.scheme(workdir) else workdir
+    return wandb.init(dir=local, config=config, id=run_id, resume="allow", **settings)
 
   def _log_image(self, step, name, pixels):
     import wandb

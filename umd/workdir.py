@@ -1,13 +1,20 @@
-"""The folder of a run: what was asked, where it ran, and how it ended."""
+"""The folder of a run: what was asked, where it ran, and how it ended.
+
+A workdir is a folder of this machine, or gs://bucket/folder, which is read and written through
+TensorFlow. Of os.path, `join`, `dirname` and `basename` do right by both; `abspath` does not.
+"""
 
 import datetime
 import importlib.metadata
 import json
 import os
 import platform
+import secrets
 import sys
+import time
 
 import jax
+import numpy as np
 
 PACKAGES = (
   *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"),
@@ -15,21 +22,149 @@ PACKAGES = (
 )
 
 
+SCHEMES = ("gs",)  # Addresses that both TensorFlow and orbax can write.
+
+
+def scheme(path: str) -> str:
+  """ "gs" for gs://bucket/folder, "" for a path of this machine."""
+  head, separator, _ = path.partition("://")
+  return head if separator else ""
+
+
+def join(workdir: str, *parts: str) -> str:
+  """The path of something in a workdir."""
+  return os.path.join(workdir, *parts)
+
+
+def exists(path: str) -> bool:
+  """Whether there is such a file or folder."""
+  if not scheme(path):
+    return os.path.exists(path)
+  import tensorflow as tf
+
+  return tf.io.gfile.exists(path) or tf.io.gfile.isdir(path)
+
+
+def read_bytes(path: str) -> bytes | None:
+  """The contents of a file, None if there is none."""
+  if not scheme(path):
+    try:
+      with open(path, "rb") as f:
+        return f.read()
+    except FileNotFoundError:
+      return None
+  import tensorflow as tf
+
+  try:
+    with tf.io.gfile.GFile(path, "rb") as f:
+      return f.read()
+  except tf.errors.NotFoundError:
+    return None
+
+
+def write_bytes(path: str, contents: bytes) -> None:
+  """Writes a file in one piece: a killed process leaves the old one or the new one."""
+  if not scheme(path):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path + ".tmp", "wb") as f:
+      f.write(contents)
+    os.replace(path + ".tmp", path)
+    return
+  import tensorflow as tf
+
+  with tf.io.gfile.GFile(path, "wb") as f:  # Object stores show an object once it is complete.
+    f.write(contents)
+
+
+def remove(path: str) -> None:
+  """Removes a file."""
+  if not scheme(path):
+    os.remove(path)
+    return
+  import tensorflow as tf
+
+  tf.io.gfile.remove(path)
+
+
 def write_json(path: str, value: dict) -> None:
-  """Writes a JSON file in one piece: a killed process leaves the old one or the new one."""
-  os.makedirs(os.path.dirname(path), exist_ok=True)
-  with open(path + ".tmp", "w", encoding="utf-8") as f:
-    json.dump(value, f, indent=2, sort_keys=True)
-    f.write("\n")
-  os.replace(path + ".tmp", path)
+  """Writes a JSON file in one piece."""
+  text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+  write_bytes(path, text.encode())
 
 
 def read_json(path: str) -> dict | None:
   """The contents of a JSON file, None if there is no such file."""
-  if not os.path.exists(path):
-    return None
-  with open(path, encoding="utf-8") as f:
-    return json.load(f)
+  contents = read_bytes(path)
+  return None if contents is None else json.loads(contents)
+
+
+def _why_not_writable(workdir: str) -> str:
+  """What keeps this process from writing there, "" if nothing does."""
+  if not scheme(workdir):
+    there = os.path.abspath(workdir)
+    while not os.path.exists(there):
+      there = os.path.dirname(there)
+    if not os.path.isdir(there):
+      return f"{there} is no folder. Choose another."
+    writable = os.access(there, os.W_OK | os.X_OK)
+    return "" if writable else f"no permission to write in {there}. Choose another."
+  if scheme(workdir) not in SCHEMES:
+    known = ", ".join(f"{s}://..." for s in SCHEMES)
+    return f"it must be a folder of this machine or {known}."
+  import tensorflow as tf
+
+  probe = os.path.join(workdir, f".writable_{secrets.token_hex(4)}")
+  try:
+    write_bytes(probe, b"")
+    remove(probe)
+  except tf.errors.OpError as error:
+    reason = str(error).splitlines()[0]
+    return f"{reason}. Look at the bucket's name, the network and the credentials of this machine."
+  return ""
+
+
+def check_writable(workdir: str) -> None:
+  """Raises ValueError unless the run can write there; leaves nothing behind.
+
+  To be called by all processes: of several, process 0 writes and the others must see it.
+  """
+  is_main = jax.process_index() == 0
+  problem = _why_not_writable(workdir) if is_main else ""
+  if jax.process_count() > 1:
+    problem = _everyones_problem(workdir, problem)
+  if problem:
+    raise ValueError(f"workdir={workdir!r} cannot be written: {problem}")
+
+
+def _everyones_problem(workdir: str, problem: str, patience: float = 30.0) -> str:
+  """Process 0's problem, or that others do not see what it writes: the same in all processes."""
+  from jax.experimental import multihost_utils
+
+  is_main = jax.process_index() == 0
+  token = secrets.randbelow(2**31) if is_main and not problem else -1
+  token = int(multihost_utils.broadcast_one_to_all(np.int32(token)))
+  if token < 0:
+    return problem or "process 0 cannot write there, see its message."
+  probe = os.path.join(workdir, f".shared_{token}")
+  made = is_main and not scheme(workdir) and not os.path.exists(workdir)
+  if is_main:
+    write_bytes(probe, b"")
+  multihost_utils.sync_global_devices("workdir probe written")
+  until = time.monotonic() + patience  # Network file systems show new files after a while.
+  while (missing := read_bytes(probe) is None) and time.monotonic() < until:
+    time.sleep(0.5)
+  missing = multihost_utils.process_allgather(np.int32(missing))
+  if is_main:
+    remove(probe)
+    if made:
+      os.rmdir(workdir)
+  blind = np.flatnonzero(missing).tolist()
+  if not blind:
+    return ""
+  return (
+    f"processes {blind} do not see what process 0 writes there. All of them write the checkpoints: "
+    "choose a folder on a file system that all machines share, or gs://..."
+  )
 
 
 def flatten(config: dict, prefix: str = "") -> dict:
@@ -69,7 +204,7 @@ def check_same_run(workdir: str, config: dict, harmless: tuple[str, ...]) -> Non
       f"workdir={workdir!r} holds a run with another config:\n{lines}\n"
       "Choose another workdir, or give the old values to go on with that run."
     )
-  for key, (old, new) in changed.items():
+  for key, (old, new) in changed.items() if jax.process_index() == 0 else ():
     print(f"config: {key} was {old!r}, is now {new!r}", flush=True)
 
 

@@ -1,0 +1,291 @@
+"""Several processes as one run: finds out whether there are others, joins them, and leaves them."""
+
+import dataclasses
+import glob
+import importlib.util
+import os
+import re
+import sys
+import threading
+import urllib.request
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, NoReturn
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """The place of this process among several; all but the launcher is None if JAX asks the TPU.
+
+  Attributes:
+    launcher: who said so, for messages.
+    coordinator: host:port at which process 0 gathers the others.
+    num_processes: how many there are.
+    process_id: this one, from 0.
+    local_device_ids: the GPUs of this machine that are this process's; None for all.
+  """
+
+  launcher: str
+  coordinator: str | None = None
+  num_processes: int | None = None
+  process_id: int | None = None
+  local_device_ids: tuple[int, ...] | None = None
+
+
+class Variables(NamedTuple):
+  """Names of the environment variables by which a launcher tells a process its place."""
+
+  rank: str
+  size: str
+  local_rank: str
+  local_size: str
+
+
+SLURM = Variables("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "")
+MPI = {
+  "Open MPI": Variables(
+    "OMPI_COMM_WORLD_RANK",
+    "OMPI_COMM_WORLD_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+  ),
+  "MVAPICH": Variables(
+    "MV2_COMM_WORLD_RANK",
+    "MV2_COMM_WORLD_SIZE",
+    "MV2_COMM_WORLD_LOCAL_RANK",
+    "MV2_COMM_WORLD_LOCAL_SIZE",
+  ),
+  "MPICH or Intel MPI": Variables("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+}
+METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+
+
+def first_host(nodelist: str) -> str:
+  """The first host of a SLURM node list: "a[01-03,7],b2" -> "a01"."""
+  first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist).group()
+  return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
+
+
+def _tasks_on_this_node(environ: Mapping[str, str]) -> int:
+  """From SLURM's "4(x2),3": four tasks on each of two nodes, three on the next."""
+  counts = []
+  for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
+    tasks, _, times = part.partition("(x")
+    counts += [int(tasks)] * int(times.rstrip(")") or 1)
+  return counts[min(int(environ.get("SLURM_NODEID", 0)), len(counts) - 1)]
+
+
+def _port(job: str, step: str = "0") -> int:
+  """A port above those that Linux gives out by itself, the same in all processes of a step."""
+  return 61440 + (int(job) + 131 * int(step)) % 4096
+
+
+def _launcher(environ: Mapping[str, str]) -> tuple[str, Variables] | None:
+  """Who started this process as one of several; None if nobody did.
+
+  MPI is asked first: under SLURM, its daemons are tasks of srun and what they start inherits their
+  numbers. A shell in an allocation has SLURM_NTASKS too, so that alone is no sign of srun.
+  """
+  several = int(environ.get(SLURM.size, 1)) > 1 and SLURM.rank in environ
+  for name, mpi in MPI.items():
+    if mpi.rank in environ and mpi.size in environ:
+      of_srun = all(environ[a] == environ.get(b) for a, b in zip(mpi[:2], SLURM[:2], strict=True))
+      if not of_srun:  # srun sets PMI's variables as well, to its own numbers
+        return (name, mpi) if int(environ[mpi.size]) > 1 else None
+  return ("srun", SLURM) if several else None
+
+
+def _devices(environ: Mapping[str, str], local_rank: int, local_size: int) -> tuple | None:
+  """This process's share of its machine's GPUs; None for all that it sees."""
+  if local_size == 1:
+    return None
+  visible = environ.get("CUDA_VISIBLE_DEVICES")
+  count = len(visible.split(",")) if visible else 0
+  if count == 1:
+    return None  # The launcher has dealt them out already.
+  share = max(1, count // local_size)
+  return tuple(range(local_rank * share, (local_rank + 1) * share))
+
+
+def tpu_workers(environ: Mapping[str, str]) -> int:
+  """How many machines the TPU of this one has; 1 if there is no TPU or nobody knows."""
+  platforms = environ.get("JAX_PLATFORMS", "")
+  if (platforms and "tpu" not in platforms) or not importlib.util.find_spec("libtpu"):
+    return 1
+  if "MEGASCALE_COORDINATOR_ADDRESS" in environ:
+    return 2  # Several slices: at least.
+  hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
+  if hosts:
+    return len(hosts.split(","))
+  if "TPU_SKIP_MDS_QUERY" in environ or not glob.glob("/dev/accel*") + glob.glob(
+    "/dev/vfio/[0-9]*"
+  ):
+    return 1
+  request = urllib.request.Request(
+    METADATA + "worker-network-endpoints", headers={"Metadata-Flavor": "Google"}
+  )
+  direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+  try:
+    with direct.open(request, timeout=5) as reply:
+      return len(reply.read().decode().split(","))
+  except OSError:
+    return 1  # Not on Google Cloud: a TPU without such a service has one machine.
+
+
+def _check_address(coordinator: str) -> str:
+  host, _, port = coordinator.rpartition(":")
+  if not host or not port.isdigit():
+    raise ValueError(
+      f"coordinator={coordinator!r} must be HOST:PORT of process 0, e.g. node1:12345."
+    )
+  return coordinator
+
+
+def _from_flags(coordinator, num_processes, process_id) -> Settings | None:
+  if None in (coordinator, num_processes, process_id):
+    raise ValueError(
+      f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}: "
+      "give all three to every process, or none where srun, mpirun, ibrun or a TPU tells."
+    )
+  if not 0 <= process_id < num_processes:
+    raise ValueError(
+      f"--process_id={process_id} must be in 0..{num_processes - 1} (--num_processes - 1)."
+    )
+  if num_processes == 1:
+    return None
+  return Settings("the flags", _check_address(coordinator), num_processes, process_id)
+
+
+def find(
+  environ: Mapping[str, str],
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  workers: Callable[[Mapping[str, str]], int] = tpu_workers,
+) -> Settings | None:
+  """This process's place among several, None if it is alone.
+
+  Asked in this order: the three flags; Open MPI, MVAPICH, MPICH or Intel MPI (mpirun, ibrun); srun;
+  the TPU. A launcher's coordinator is `coordinator`, else UMD_COORDINATOR, else the first node of
+  the SLURM job with a port that follows from its number.
+
+  Args:
+    environ: environment variables.
+    coordinator, num_processes, process_id: the flags, None where they are not given.
+    workers: number of machines of the TPU, looked up last.
+
+  Raises:
+    ValueError: flags that do not fit together, or a launcher without a coordinator.
+  """
+  launched = _launcher(environ)
+  if num_processes is not None or process_id is not None or (coordinator and not launched):
+    return _from_flags(coordinator, num_processes, process_id)
+  if not launched:
+    return Settings("the TPU") if workers(environ) > 1 else None
+  name, names = launched
+  rank, size = int(environ[names.rank]), int(environ[names.size])
+  by_slurm = names is SLURM
+  nodes = (by_slurm and environ.get("SLURM_STEP_NODELIST")) or environ.get("SLURM_JOB_NODELIST")
+  coordinator = coordinator or environ.get("UMD_COORDINATOR")
+  if not coordinator and nodes and "SLURM_JOB_ID" in environ:
+    step = environ.get("SLURM_STEP_ID", "0") if by_slurm else "0"
+    coordinator = f"{first_host(nodes)}:{_port(environ['SLURM_JOB_ID'], step)}"
+  if not coordinator:
+    raise ValueError(
+      f"{name} started {size} processes, but nothing says where process 0 is. Set UMD_COORDINATOR "
+      "(or --coordinator) to HOST:PORT of its machine, the same for all."
+    )
+  here = _tasks_on_this_node(environ) if by_slurm else int(environ.get(names.local_size, 1))
+  devices = _devices(environ, int(environ.get(names.local_rank, 0)), here)
+  return Settings(name, _check_address(coordinator), size, rank, devices)
+
+
+def start(
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  environ: Mapping[str, str] = os.environ,
+  *,
+  timeout_seconds: int = 300,
+  heartbeat_seconds: int = 60,
+) -> None:
+  """Joins the other processes if there are any; to be called before JAX is used.
+
+  Args:
+    coordinator, num_processes, process_id, environ: see `find`.
+    timeout_seconds: how long to wait for the others.
+    heartbeat_seconds: a process that is silent for so long is dead, and the others are ended.
+
+  Raises:
+    ValueError: see `find`; or the port is taken. If the others do not come, the process ends with
+      a message that names the coordinator and how many were expected.
+  """
+  settings = find(environ, coordinator, num_processes, process_id)
+  if settings is None:
+    return
+  # JAX would take SIGTERM for a notice, and the process would live on.
+  jax.config.update("jax_enable_preemption_service", False)
+  place = f"process {settings.process_id} of {settings.num_processes}, as {settings.launcher} said"
+
+  def give_up():
+    print(
+      f"error: after {timeout_seconds} s not all processes have met at {settings.coordinator} "
+      f"(this is {place}). Are all of them running, is that the machine of process 0, and can the "
+      "others reach it?",
+      file=sys.stderr,
+      flush=True,
+    )
+    os._exit(2)
+
+  # JAX's own timeout kills the process with a stack trace of C++, so ours comes first.
+  watch = threading.Timer(timeout_seconds, give_up)
+  watch.daemon = True
+  watch.start()
+  try:
+    _initialize(settings, timeout_seconds + 60, heartbeat_seconds)
+  except RuntimeError as error:
+    raise ValueError(
+      f"{place}: cannot start at {settings.coordinator}: {str(error).splitlines()[0]}"
+    ) from error
+  finally:
+    watch.cancel()
+  if jax.process_index() == 0:
+    kind = jax.devices()[0].device_kind
+    print(f"{jax.process_count()} processes, {jax.device_count()} devices ({kind})", flush=True)
+
+
+def _initialize(settings: Settings, timeout_seconds: int, heartbeat_seconds: int) -> None:
+  timeouts = {
+    "initialization_timeout": timeout_seconds,
+    "heartbeat_timeout_seconds": heartbeat_seconds,
+  }
+  if settings.coordinator is None:
+    jax.distributed.initialize(**timeouts)
+    return
+  jax.distributed.initialize(
+    settings.coordinator,
+    settings.num_processes,
+    settings.process_id,
+    settings.local_device_ids,
+    cluster_detection_method="deactivate",
+    **timeouts,
+  )
+
+
+def is_main() -> bool:
+  """Whether this is the process that prints and writes logs."""
+  return jax.process_index() == 0
+
+
+def leave(code: int) -> NoReturn:
+  """Ends this process after an error, with exit status `code`.
+
+  With others around it ends at once: the ordinary way out waits for them, and they wait for this
+  one. Their next exchange with it fails, or its heartbeat is missed, which ends them too.
+  """
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if jax.distributed.is_initialized():
+    os._exit(code)
+  sys.exit(code)
