@@ -6,15 +6,15 @@ import jax
 import optax
 
 
-def make_schedule(lr: float, steps: int, warmup_steps: int) -> Callable:
-  """Learning rate: linear from 0 to `lr` over the warm-up, then cosine to 0 at `steps`.
+def make_schedule(lr: float, steps: int, warmup: float) -> Callable:
+  """Learning rate: linear from 0 to `lr` over a share `warmup` of the steps, then cosine to 0.
 
   Raises:
-    ValueError: the warm-up does not end before the run does.
+    ValueError: the warm-up is no share of the run.
   """
-  if not 0 <= warmup_steps < steps:
-    raise ValueError(f"optim.warmup_steps={warmup_steps} must be in [0, steps={steps}).")
-  return optax.warmup_cosine_decay_schedule(0.0, lr, warmup_steps, steps, 0.0)
+  if not 0 <= warmup < 1:
+    raise ValueError(f"optim.warmup={warmup} must be in [0, 1): it is a share of the steps.")
+  return optax.warmup_cosine_decay_schedule(0.0, lr, int(warmup * steps), steps, 0.0)
 
 
 def decay_mask(params):

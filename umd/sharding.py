@@ -1,7 +1,8 @@
-"""Where arrays live: a mesh over all devices, the batch split along it, parameters replicated."""
+"""Where arrays live: a mesh over all devices, the batch split along it, the state whole or not."""
 
 import collections
 import itertools
+import math
 from collections.abc import Iterator
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA_AXIS = "data"
+SMALL_LEAF = 2**12  # elements
 
 
 def make_mesh(devices=None) -> Mesh:
@@ -25,6 +27,23 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
   """The whole array on every device."""
   return NamedSharding(mesh, PartitionSpec())
+
+
+def state_shardings(shapes, mesh: Mesh, fsdp: bool):
+  """Shardings for a tree of shapes: whole on every device, or each leaf split over all of them.
+
+  Split along the largest axis that the devices divide; leaves without one, and small ones, whose
+  traffic is not worth the memory, stay whole.
+  """
+
+  def spec(leaf):
+    axes = [i for i, size in enumerate(leaf.shape) if size % mesh.size == 0]
+    if not fsdp or not axes or math.prod(leaf.shape) < SMALL_LEAF:
+      return replicated(mesh)
+    largest = max(axes, key=lambda i: leaf.shape[i])
+    return NamedSharding(mesh, PartitionSpec(*[None] * largest, DATA_AXIS))
+
+  return jax.tree.map(spec, shapes)
 
 
 def check_divides(key: str, batch_size: int, mesh: Mesh) -> None:

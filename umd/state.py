@@ -1,6 +1,6 @@
 """The state of training, and the step from one state to the next."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 import flax
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from umd.sharding import batch_sharding, replicated
+from umd.sharding import batch_sharding, replicated, state_shardings
 
 
 @flax.struct.dataclass
@@ -36,8 +36,13 @@ def ema_decay_at(step: jax.Array, ema_decay: float) -> jax.Array:
   return jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
 
 
-def init_state(init: Callable, tx: optax.GradientTransformation, key, mesh: Mesh) -> TrainState:
-  """A fresh state, replicated over the mesh; `init(key)` returns parameters."""
+def init_state(
+  init: Callable, tx: optax.GradientTransformation, key, mesh: Mesh, fsdp: bool = False
+) -> TrainState:
+  """A fresh state on the mesh; `init(key)` returns parameters.
+
+  With `fsdp` every device keeps a part of every large leaf, otherwise all of all leaves.
+  """
 
   def make(key):
     params = init(key)
@@ -45,53 +50,8 @@ def init_state(init: Callable, tx: optax.GradientTransformation, key, mesh: Mesh
     ema = jax.tree.map(jnp.copy, params)
     return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(params))
 
-  return jax.jit(make, out_shardings=replicated(mesh))(key)
-
-
-def _leaves(params) -> dict:
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-  }
-
-
-def adopt(state: TrainState, loaded: dict, fresh: Collection[str], mesh: Mesh) -> TrainState:
-  """Starts parameters and their average from `loaded`, but for the subtrees named in `fresh`.
-
-  Step and optimiser stay as they are: new.
-
-  Raises:
-    ValueError: leaves are missing, left over or of another shape; the message lists them. Or a
-      name in `fresh` is a part of neither.
-  """
-  parts = state.params.keys() | loaded.keys()
-  if unknown := set(fresh) - parts:
-    raise ValueError(
-      f"init_fresh={sorted(unknown)} are no parts of a model; known: {sorted(parts)}."
-    )
-  own, given = _leaves(state.params), _leaves(loaded)
-  is_fresh = lambda name: name.split("/")[0] in fresh
-  wrong = [
-    f"{name}: here {getattr(own.get(name), 'shape', 'absent')}, "
-    f"there {getattr(given.get(name), 'shape', 'absent')}"
-    for name in sorted(own.keys() | given.keys())
-    if not is_fresh(name)
-    and getattr(own.get(name), "shape", None) != getattr(given.get(name), "shape", None)
-  ]
-  if wrong:
-    raise ValueError(
-      "init_from: the checkpoint does not fit the model; leaves that differ:\n  "
-      + "\n  ".join(wrong)
-      + "\nUse the model settings of the checkpoint, or name the subtree in init_fresh."
-    )
-  pick = lambda path, leaf: (
-    leaf
-    if is_fresh(name := jax.tree_util.keystr(path, simple=True, separator="/"))
-    else jnp.asarray(given[name], leaf.dtype)
-  )
-  params = jax.tree_util.tree_map_with_path(pick, state.params)
-  copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=replicated(mesh))
-  return state.replace(params=copy(params), ema_params=copy(params))
+  shardings = state_shardings(jax.eval_shape(make, key), mesh, fsdp)
+  return jax.jit(make, out_shardings=shardings)(key)
 
 
 def make_train_step(
@@ -101,18 +61,22 @@ def make_train_step(
   *,
   ema_decay: float,
   seed: int,
-  mesh: Mesh,
+  state: TrainState,
 ) -> Callable:
-  """Builds the jitted `step(state, batch) -> (state, metrics)`.
+  """Builds the jitted `step(state, batch) -> (state, metrics)` for states placed as `state` is.
 
-  All randomness of a step is a function of (seed, step). The state is donated. Metrics are device
-  scalars: "loss", "loss/<stream>/<term>", "lr", "grad_norm" (before clipping), "param_norm".
+  The model computes with whole parameters: where they are kept in parts, each step gathers them,
+  and every device updates the part that it keeps. All randomness of a step is a function of
+  (seed, step). The state is donated. Metrics are device scalars: "loss", "loss/<stream>/<term>",
+  "lr", "grad_norm" (before clipping), "param_norm".
   """
 
   def step(state: TrainState, batch):
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     grad = jax.value_and_grad(loss, has_aux=True)
-    (total, terms), grads = grad(state.params, batch, key)
+    whole = jax.lax.with_sharding_constraint(state.params, everywhere)
+    (total, terms), grads = grad(whole, batch, key)
+    grads = jax.lax.with_sharding_constraint(grads, placed.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     decay = ema_decay_at(state.step, ema_decay)
@@ -126,7 +90,9 @@ def make_train_step(
     }
     return TrainState(state.step + 1, params, ema, opt_state), metrics
 
+  placed = jax.tree.map(lambda x: x.sharding, state)
+  mesh = placed.step.mesh
   everywhere, rows = replicated(mesh), batch_sharding(mesh)
   return jax.jit(
-    step, donate_argnums=0, in_shardings=(everywhere, rows), out_shardings=(everywhere, everywhere)
+    step, donate_argnums=0, in_shardings=(placed, rows), out_shardings=(placed, everywhere)
   )

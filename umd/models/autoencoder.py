@@ -91,8 +91,13 @@ class AutoEncoder(nn.Module):
   @property
   def tokens(self) -> int:
     """N, the number of patches of an image."""
+    return self.grid[0] * self.grid[1]
+
+  @property
+  def grid(self) -> tuple[int, int]:
+    """(rows, columns) of patches."""
     patch = self.shape.patch
-    return (self.image_size[0] // patch) * (self.image_size[1] // patch)
+    return self.image_size[0] // patch, self.image_size[1] // patch
 
   def keep(self, mask_ratio: float) -> int:
     """K, the number of patches that the encoder sees at `mask_ratio`."""
