@@ -1,4 +1,5 @@
-"""What configs share: arguments in the config string, and methods as rows of streams."""
+"""What configs share: arguments in the config string, methods as rows of streams, and the trainer's
+keys."""
 
 import difflib
 
@@ -13,6 +14,24 @@ METHODS = {
   "dit": dict(no_noise_prob=0.0, mask_ratio=0.0, mask_ratio_no_noise=0.75),
   "maskdit": dict(no_noise_prob=0.0, mask_ratio=0.5, mask_ratio_no_noise=0.75),
 }
+
+# Arguments that every config of the auto-encoder takes; a config lists its own defaults on top.
+ARGUMENTS = dict(
+  method="umd",  # umd, mae, dit or maskdit: sets the next three, see METHODS
+  no_noise_prob=0.5,  # share of the batch that stays clean
+  mask_ratio=0.375,  # of the noised part
+  mask_ratio_no_noise=0.75,  # of the clean part
+  adaln=True,  # condition by AdaLN, or else by one more token
+  variant="B/4",  # size and patch side, see SIZES in umd/models/autoencoder.py
+  path="cosine",  # cosine, linear or flow
+  timesteps=1000,
+  dtype="bfloat16",  # of the computation: bfloat16 or float32
+  scan=False,  # loop over layers: compiles faster, runs slower
+  remat=False,  # recompute activations: less memory, slower
+  fsdp=False,  # split parameters, their average and the optimiser over the devices
+  seed=0,
+  wandb_mode="disabled",  # online, offline or disabled
+)
 
 TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
 
@@ -32,11 +51,16 @@ def _convert(name: str, text: str, default):
     ) from None
 
 
+def numbers(name: str, text: str, kind: type) -> tuple:
+  """ "10+100" -> (10, 100)."""
+  return tuple(_convert(name, part, kind()) for part in text.split("+"))
+
+
 def parse_arg(arg: str | None, **defaults) -> ConfigDict:
   """Reads "name=value,name=value" into a ConfigDict with the names and types of `defaults`.
 
   `method=...` first replaces the defaults by its row of METHODS; what else the string says comes
-  on top.
+  on top. `variant=:B/4` means `variant=B/4`. The result's `given` lists the names in the string.
 
   Raises:
     ValueError: an unknown name, a value of the wrong type or an unknown method; the message lists
@@ -53,14 +77,14 @@ def parse_arg(arg: str | None, **defaults) -> ConfigDict:
         f"Config argument {part!r} is not name=value with a known name.{hint} "
         f"Known, with their defaults: {known}."
       )
-    given[name] = value
+    given[name] = value.removeprefix(":") if name == "variant" else value
   if "method" in defaults:
     method = given.get("method", defaults["method"])
     if method not in METHODS:
       raise ValueError(f"method={method!r} is not one of {list(METHODS)}.")
     defaults = {**defaults, **{k: v for k, v in METHODS[method].items() if k in defaults}}
   values = {k: _convert(k, given[k], v) if k in given else v for k, v in defaults.items()}
-  return ConfigDict(values)
+  return ConfigDict({**values, "given": tuple(given)})
 
 
 def streams(no_noise_prob: float, mask_ratio: float, mask_ratio_no_noise: float) -> dict:
@@ -93,3 +117,102 @@ def streams(no_noise_prob: float, mask_ratio: float, mask_ratio_no_noise: float)
       ),
     )
   return out
+
+
+def data(name: str, split: str, pp: str, data_dir: str = "", cache: bool = False) -> dict:
+  """Which images, and what is done to them: the arguments of `umd.data.load`."""
+  return dict(name=name, split=split, pp=pp, data_dir=data_dir, cache=cache)
+
+
+def optim(lr: float, wd: float, beta2: float, warmup: float = 0.05, mu_dtype="float32") -> dict:
+  """AdamW; `lr` is the peak, `warmup` a share of the steps, before a cosine to 0."""
+  return dict(lr=lr, warmup=warmup, wd=wd, beta1=0.9, beta2=beta2, clip_norm=1.0, mu_dtype=mu_dtype)
+
+
+def scaled(lr: float, batch_size: int) -> float:
+  """Learning rate for a batch, by the linear rule: `lr` is for 256 images (Goyal et al. 2017)."""
+  return lr * batch_size / 256
+
+
+def _network(a) -> dict:
+  model = {k: a[k] for k in ("variant", "adaln", "dtype", "scan", "remat")}
+  path = dict(name=a.path, timesteps=a.timesteps)
+  return dict(model=dict(heads=("x0", "eps"), **model), path=path, fsdp=a.fsdp)
+
+
+def autoencoder(
+  a,
+  *,
+  data: dict,
+  streams: dict,
+  optim: dict,
+  batch_size: int,
+  steps: int = 0,
+  epochs: float = 0.0,
+  use_labels: bool,
+  label_drop_prob: float,
+  ema_decay: float,
+  evals: dict,
+  summary: tuple[str, ...],
+  init_from: str = "",
+  init_weights: str = "ema",
+  init_fresh: tuple[str, ...] = (),
+  eval_batch_size: int = 256,
+  log_every: int = 100,
+  checkpoint_every: int = 5000,
+  latents: dict | None = None,
+) -> dict:
+  """A complete config of `trainers/autoencoder.py`.
+
+  Args:
+    a: the ARGUMENTS.
+    data, streams, optim: see the functions of these names.
+    batch_size: over all devices.
+    steps: length of the run; 0 to say it in `epochs` instead.
+    use_labels, label_drop_prob: condition on labels, and drop this share of them.
+    ema_decay: of the weights that are evaluated and sampled.
+    evals: {name: {type, every, ...}}, see `evaluators/`.
+    summary: metrics shown on the way and in the table at the end.
+    init_from: "stage:NAME" for a stage in the same workdir, or any run's folder; "" for none.
+    init_weights, init_fresh: which weights, "ema" or "raw", and the parts to start afresh.
+    checkpoint_every: steps between checkpoints; 0 for none at all.
+    latents: None for pixels.
+  """
+  return dict(
+    trainer="autoencoder",
+    seed=a.seed,
+    batch_size=batch_size,
+    eval_batch_size=eval_batch_size,
+    data=data,
+    latents=latents or {},
+    **_network(a),
+    streams=streams,
+    optim=optim,
+    steps=steps,
+    epochs=epochs,
+    use_labels=use_labels,
+    label_drop_prob=label_drop_prob,
+    ema_decay=ema_decay,
+    init_from=init_from,
+    init_weights=init_weights,
+    init_fresh=init_fresh,
+    evals=evals,
+    summary=summary,
+    **records(a, log_every, checkpoint_every),
+  )
+
+
+def records(a, log_every: int, checkpoint_every: int) -> dict:
+  """What a run writes, and when."""
+  return dict(
+    log_every=log_every,
+    checkpoint=dict(every=checkpoint_every, keep=2),
+    wandb=dict(mode=a.wandb_mode, project="umd"),
+  )
+
+
+def sampling(*, steps: int, cfg_scale: float, path: str = "", **options) -> dict:
+  """Arguments of `umd.inference.Inference.sample`; `options` come on top."""
+  # At the end of the flow path x_t is all noise: eps is no news there, x0 is.
+  head = "x0" if path == "flow" else "eps"
+  return dict(sampler="ddim", steps=steps, cfg_scale=cfg_scale, head=head) | options

@@ -1,23 +1,16 @@
 """Configs and the command line: arguments, methods as the paper's rows, errors that help."""
 
-import inspect
 import os
 import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-import evaluators
-from configs import common, quickstart
-from trainers.autoencoder import make_streams
-from umd import optim
+from configs import ae_i1k, common, images, quickstart
+from trainers import autoencoder
 from umd.data import load
-from umd.models.autoencoder import AutoEncoder
-from umd.objectives import check
-from umd.paths import make_path
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DEFAULTS = {"steps": 100, "lr": 0.1, "flag": False, "name": "x"}
@@ -35,14 +28,25 @@ def test_bools_have_several_spellings(text, value, default):
 def test_values_have_the_types_of_their_defaults_and_the_rest_stays():
   found = common.parse_arg("steps=7,lr=1,name=B/4=a", **DEFAULTS)
   assert isinstance(found, ConfigDict)
-  assert found.to_dict() == {"steps": 7, "lr": 1.0, "flag": False, "name": "B/4=a"}
+  given = ("steps", "lr", "name")
+  assert found.to_dict() == dict(steps=7, lr=1.0, flag=False, name="B/4=a", given=given)
   assert [type(found[k]) for k in ("steps", "lr", "name")] == [int, float, str]
   assert common.parse_arg("lr=2e-3", lr=1.0).lr == 0.002
 
 
 @pytest.mark.parametrize("arg", [None, ""])
 def test_without_arguments_all_is_default(arg):
-  assert common.parse_arg(arg, **DEFAULTS).to_dict() == DEFAULTS
+  assert common.parse_arg(arg, **DEFAULTS).to_dict() == {**DEFAULTS, "given": ()}
+
+
+def test_a_variant_may_be_written_with_a_colon():
+  for text in ("variant=B/4", "variant=:B/4"):
+    assert common.parse_arg(text, variant="S/2").variant == "B/4"
+  assert common.parse_arg("name=:x", name="").name == ":x"  # of other values it is a part
+
+
+def test_a_method_is_not_given_by_its_name_but_its_toggles_may_be():
+  assert common.parse_arg("method=mae", **common.ARGUMENTS).given == ("method",)
 
 
 @pytest.mark.parametrize("arg", ["stepz=3", "lr=1,stepz=3", "steps", "=3"])
@@ -121,42 +125,71 @@ def stages(arg):
   return {name: config[name] for name in config.stages}
 
 
-def build_model(stage):
-  source = load(stage.data.name, stage.data.split)
-  classes = source.num_classes if stage.use_labels else 0
-  return AutoEncoder(image_size=source.image_size, num_classes=classes, **stage.model.to_dict())
-
-
 @pytest.mark.parametrize("method", TABLE)
-def test_every_stage_of_every_method_can_be_built(method):
-  for stage in stages(f"method={method}").values():
-    path = make_path(**stage.path.to_dict())
-    check(make_streams(stage.streams), build_model(stage), path, stage.batch_size)
-    settings = stage.optim.to_dict()
-    schedule = optim.make_schedule(settings.pop("lr"), stage.steps, settings.pop("warmup_steps"))
-    optim.make_optimizer(schedule, **settings)
-    for name, settings in stage.evals.to_dict().items():
-      assert settings["type"] in evaluators.known()
-      module = __import__(f"evaluators.{settings['type']}", fromlist=["Evaluator"])
-      given = {k: v for k, v in settings.items() if k not in ("type", "every")}
-      inspect.signature(module.Evaluator).bind(None, **given)
-      assert settings["every"] >= 1, name
+def test_every_stage_of_every_method_can_be_built(tmp_path, method):
+  for name, stage in stages(f"method={method}").items():
+    parts = autoencoder.prepare(stage, str(tmp_path / name), str(tmp_path))
+    assert {s.name for s in parts.evaluators} == set(stage.evals)
+    assert parts.steps == stage.steps
     assert {metric.split("/")[0] for metric in stage.summary} <= {*stage.evals, "reconstruction"}
+  assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("method", ["umd", "mae"])
 def test_the_second_stage_starts_from_the_first_but_for_what_it_calls_fresh(method):
-  shapes = {}
-  config = stages(f"method={method}")
+  shapes, config = {}, stages(f"method={method}")
   for name, stage in config.items():
-    model = build_model(stage)
-    blank = jnp.zeros((1, *model.image_size)), jnp.zeros(1, jnp.int32)
-    shapes[name] = jax.eval_shape(model.init, jax.random.key(0), *blank)["params"]
+    source = load(**stage.data)
+    model = autoencoder.make_model(stage, source.image_size, source.num_classes)
+    shapes[name] = jax.eval_shape(autoencoder.init_params(model), jax.random.key(0))
   first, second = shapes["pretrain"], shapes["finetune"]
-  assert config["finetune"].init_from == "pretrain"
+  assert config["pretrain"].init_from == ""
+  assert config["finetune"].init_from == "stage:pretrain"
   fresh = set(config["finetune"].init_fresh)
   assert set(second) - set(first) == fresh == {"label_embed"}
   assert {k: v for k, v in second.items() if k not in fresh} == first
+
+
+@pytest.mark.parametrize(
+  "steps, epochs, expected", [(7, 0, 7), (0, 2.0, 20), (0, 0.25, 2), (0, 1e-9, 1)]
+)
+def test_the_length_of_a_run_is_given_in_steps_or_in_epochs(steps, epochs, expected):
+  config = ConfigDict(dict(steps=steps, epochs=float(epochs), batch_size=100))
+  assert autoencoder.count_steps(config, 1000) == expected
+
+
+@pytest.mark.parametrize("steps, epochs", [(0, 0.0), (5, 1.0)])
+def test_a_run_without_a_length_or_with_two_is_an_error(steps, epochs):
+  config = ConfigDict(dict(steps=steps, epochs=epochs, batch_size=100))
+  with pytest.raises(ValueError, match=rf"steps={steps} and epochs={epochs}"):
+    autoencoder.count_steps(config, 1000)
+
+
+@pytest.mark.parametrize(
+  "arguments, told",
+  [
+    ("finetune=True", "finetune=True .* add use_labels=True"),
+    ("use_preprocessed_latents=True", "use_preprocessed_latents=True needs latent_diffusion=True"),
+    ("dataset=flowers", "dataset='flowers' .* give train_split= and test_split= too"),
+    ("dataset=flowers,train_split=train", "train_split= and test_split= too"),
+  ],
+)
+def test_arguments_that_contradict_each_other_are_errors(arguments, told):
+  with pytest.raises(ValueError, match=told):
+    ae_i1k.get_config(arguments)
+
+
+@pytest.mark.parametrize("known", images.SPLITS)
+def test_splits_that_are_named_take_the_place_of_those_that_are_known(known):
+  a = common.parse_arg(f"dataset={known}", **images.ARGUMENTS)
+  assert images.splits(a) == images.SPLITS[known]
+  a = common.parse_arg(f"dataset={known},train_split=a[:9],test_split=b", **images.ARGUMENTS)
+  assert images.splits(a) == dict(train="a[:9]", labelled="a[:9]", held_out="b", test="b")
+
+
+def test_without_checkpoints_none_is_written():
+  assert ae_i1k.get_config("save_ckpt=False").pretrain.checkpoint.every == 0
+  assert ae_i1k.get_config("").pretrain.checkpoint.every == 5000
 
 
 def run(*command):
@@ -168,11 +201,12 @@ def run(*command):
 
 def test_configs_load_without_jax():
   names = sorted(f[:-3] for f in os.listdir(os.path.join(ROOT, "configs")) if f.endswith(".py"))
-  loads = "; ".join(
-    f"import configs.{n} as m; getattr(m, 'get_config', dict)()" for n in names if n != "__init__"
-  )
-  done = run("-c", f"import sys; {loads}; sys.exit('jax' in sys.modules)")
   assert "quickstart" in names
+  loads = [f"from configs import {n}" for n in names if n != "__init__"]
+  shared = {"__init__", "common", "images", "two_stages"}  # They are no configs themselves.
+  needs = {"folder": "'root=somewhere'"}
+  loads += [f"{n}.get_config({needs.get(n, '')})" for n in names if n not in shared]
+  done = run("-c", f"import sys; {'; '.join(loads)}; sys.exit('jax' in sys.modules)")
   assert done.returncode == 0, done.stderr
 
 
@@ -192,8 +226,8 @@ QUICK = "configs/quickstart.py"
     (["--config", "configs/absent.py", "--workdir", "W"], ["configs/absent.py"]),
     # The only one that gets as far as JAX.
     (
-      ["--config", QUICK, "--config.pretrain.optim.warmup_steps=99999", "--workdir", "W"],
-      ["warmup_steps=99999"],
+      ["--config", QUICK, "--config.pretrain.optim.warmup=5.0", "--workdir", "W"],
+      ["warmup=5.0", "share of the steps"],
     ),
   ],
   ids=[

@@ -10,6 +10,7 @@ import pytest
 from umd.data import eval_batches, load, pipeline, tfds_builders, train_batches
 from umd.data import tfds as module
 from umd.data.host import tensorflow
+from umd.objectives import Stream, period, stream_rows
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "tensorflow_datasets"
 N, T, SHARDS = 37, 6, 5
@@ -141,6 +142,23 @@ def test_what_can_be_read_at_random_has_one_order_for_all_processes(kind, proces
   for batch, *of_processes in zip(whole, *parts, strict=True):
     for key in batch:
       np.testing.assert_array_equal(np.concatenate([b[key] for b in of_processes]), batch[key])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_each_example_is_clean_as_often_as_it_is_noised(kind, processes):
+  """Rows of a batch are dealt to streams by their place, and examples to rows by chance."""
+  streams = [Stream(name, {}, rows) for name, rows in [("clean", (0, 0.5)), ("noised", (0.5, 1))]]
+  size, steps = period(streams, 8), 400
+  clean = slice(*stream_rows(streams[0], size))
+  place = dict(process_count=processes)
+  parts = [take(kind(), 8, steps, process_index=i, **place) for i in range(processes)]
+  count = np.zeros((2, N + 1))
+  for batches in zip(*parts, strict=True):
+    rows = np.concatenate([b["label"] for b in batches]).reshape(-1, size)
+    np.add.at(count[0], rows, 1)
+    np.add.at(count[1], rows[:, clean], 1)
+  share = count[1, 1:] / count[0, 1:]  # Of some 86 epochs: half, give or take .054.
+  assert np.abs(share - 0.5).max() < 0.27
 
 
 @pytest.mark.parametrize("start, processes", [(1, 1), (5, 1), (23, 2), (4, 4)])

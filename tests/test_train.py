@@ -29,6 +29,12 @@ OVERRIDES = {
 }
 
 
+def quick_judge(config):
+  """The config, its samples judged by a classifier that has learnt from few images, and quickly."""
+  config.finetune.evals.generation.train.split = "train[:10%]"
+  return config
+
+
 def pretrain_config(**overrides):
   config = quickstart.get_config(ARGUMENTS).pretrain
   config.update_from_flattened_dict({**OVERRIDES, **overrides})
@@ -69,7 +75,9 @@ def test_killed_run_continues_bitwise(tmp_path):
   """SIGKILL at a random step, the same command again: every number as if nothing had happened."""
   kill_at = random.Random(os.getpid()).randrange(5, STEPS // 2)
   # One device, and as many threads as the machine has cores: conftest's settings are for four.
-  environment = {k: v for k, v in os.environ.items() if k not in ("NPROC", "XLA_FLAGS")}
+  environment = {k: v for k, v in os.environ.items() if k != "NPROC"}
+  environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+  environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "compiled")  # once for all three
   start = lambda name: subprocess.Popen(
     command(str(tmp_path / name)), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
   )
@@ -97,30 +105,53 @@ def test_stages_run_in_order_and_a_finished_one_is_not_run_again(tmp_path, capsy
   arguments = (
     "variant=nano/2,steps=3,finetune_steps=2,batch_size=32,num_samples=20,sampling_steps=2"
   )
-  first = stages.run(quickstart.get_config(arguments), str(tmp_path))
+  first = stages.run(quick_judge(quickstart.get_config(arguments)), str(tmp_path))
   assert [s["step"] for s in first] == [3, 2]
   for stage in ("pretrain", "finetune"):
-    for name in ("config.json", "environment.json", "metrics.jsonl", "summary.json", "checkpoints"):
+    files = ("config.json", "environment.json", "metrics.jsonl", "summary.json", "model.json")
+    for name in (*files, "checkpoints"):
       assert (tmp_path / stage / name).exists()
   printed = capsys.readouterr().out
   assert "started from" in printed and "is finished" not in printed
-  again = stages.run(quickstart.get_config(arguments), str(tmp_path))
+  again = stages.run(quick_judge(quickstart.get_config(arguments)), str(tmp_path))
   assert capsys.readouterr().out.count("is finished") == 2
   assert json.loads(json.dumps(first)) == again
   other = quickstart.get_config(arguments + ",lr=0.1")
   with pytest.raises(ValueError, match=r"optim\.lr: there 0\.002, now 0\.1"):
     stages.run(other, str(tmp_path))
   table = stages.table(again)
-  assert "generation/agreement" in table and "fewshot/class_10shot_mean" in table
+  assert "generation/agreement" in table and "fewshot/class_strict_10shot_mean" in table
 
 
-def test_another_config_in_the_same_workdir_is_refused(tmp_path):
-  config = pretrain_config(steps=2, **{"optim.warmup_steps": 0})
+def test_another_config_in_the_same_workdir_is_refused(tmp_path, capsys):
+  config = pretrain_config(steps=2, log_every=2)
   config.evals = {}
   train(config, tmp_path)
+  config.log_every = 1  # This one changes no number: it is told, and no more.
+  autoencoder.prepare(config, str(tmp_path), str(tmp_path))
+  assert "config: log_every was 2, is now 1" in capsys.readouterr().out
   config.optim.lr = 0.1
   with pytest.raises(ValueError, match=r"optim\.lr: there 0\.002, now 0\.1"):
     train(config, tmp_path)
+
+
+def test_without_checkpoints_a_run_ends_but_nothing_can_start_from_it(tmp_path):
+  config = quickstart.get_config("variant=nano/2,steps=2,batch_size=32,finetune_steps=1")
+  config.pretrain.evals, config.pretrain.checkpoint.every = {}, 0
+  summary = train(config.pretrain, tmp_path / "pretrain")
+  assert summary["step"] == 2 and (tmp_path / "pretrain/summary.json").exists()
+  assert not list((tmp_path / "pretrain/checkpoints").glob("*"))
+  with pytest.raises(FileNotFoundError, match="no checkpoint"):
+    stages.run(config, str(tmp_path))
+
+
+def test_labels_cannot_be_used_where_there_are_none(tmp_path):
+  path = tmp_path / "unlabelled.npz"
+  np.savez(path, images=np.zeros((40, 8, 8, 1), np.float32))
+  spec = {"data.name": f"npz:{path}", "data.split": "all"}
+  config = pretrain_config(use_labels=True, **spec)
+  with pytest.raises(ValueError, match=r"use_labels=True, but .* has no labels"):
+    autoencoder.prepare(config, str(tmp_path / "run"), str(tmp_path))
 
 
 def test_a_value_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
@@ -145,10 +176,11 @@ def test_a_value_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, m
   ("overrides", "message"),
   [
     ({"batch_size": 30}, "batch_size=30 must be a positive multiple of the 4 devices"),
-    ({"data.name": "cats"}, r"data.name='cats' is not one of \['digits'\]"),
+    ({"data.name": "cats"}, r"data.name='cats' is not one of \['digits', 'tfds:NAME'"),
     ({"model.variant": "nano/3"}, "patch of 3 px does not divide"),
     ({"streams.clean.rows": (0.0, 0.001)}, "rounds to no row"),
-    ({"optim.warmup_steps": STEPS}, "optim.warmup_steps=24 must be in"),
+    ({"optim.warmup": float(STEPS)}, "optim.warmup=24.0 must be in"),
+    ({"epochs": 3.0}, "steps=24 and epochs=3.0: give one"),
     ({"eval_batch_size": 66}, "eval_batch_size=66 must be a positive multiple"),
     ({"evals.fewshot.type": "fewshots"}, "evals.fewshot.type='fewshots' is not one of"),
   ],
@@ -161,7 +193,7 @@ def test_bad_settings_are_errors_before_anything_is_written(tmp_path, overrides,
 
 def test_flow_matching_is_a_config(tmp_path):
   """The example of the README: another method, another head, no code."""
-  config = quickstart.get_config(ARGUMENTS).finetune
+  config = quick_judge(quickstart.get_config(ARGUMENTS)).finetune
   terms = {"v": {"head": "v", "where": "all", "weight": 1.0}}
   noised = {"rows": (0.0, 1.0), "timesteps": "uniform", "mask_ratio": 0.0, "labels": True}
   with config.unlocked():

@@ -5,6 +5,7 @@ import os
 
 from ml_collections import ConfigDict
 
+from trainers import logs, runs
 from umd import workdir as folder
 
 
@@ -15,7 +16,7 @@ def stages(config: ConfigDict, workdir: str) -> list[tuple[str, ConfigDict, str]
   <workdir>/a and <workdir>/b; any other config is its own only stage and runs in <workdir>.
   """
   if "stages" not in config:
-    return [(os.path.basename(os.path.normpath(workdir)), config, workdir)]
+    return [(os.path.basename(workdir.rstrip("/")), config, workdir)]
   return [(name, config[name], os.path.join(workdir, name)) for name in config.stages]
 
 
@@ -24,24 +25,35 @@ def run(config: ConfigDict, workdir: str, wandb_key: str | None = None) -> list[
 
   All of them are built once before the first trains, so that a mistake in the last does not wait
   for its turn, and no finished one is passed over that was another run. `init_from` of a stage may
-  be the name of an earlier one or any run's workdir. A key for Weights & Biases switches it on.
+  be "stage:NAME", a stage in the same workdir, or any run's folder. A key for Weights & Biases
+  switches it on.
   """
-  plan, cache = stages(config, workdir), os.path.join(workdir, "cache")
+  plan, cache = stages(config, workdir), cache_folder(workdir)
+  folder.check_writable(workdir)
   summaries = {name: folder.finished(stage_dir) for name, _, stage_dir in plan}
-  for _, stage, stage_dir in plan:
+  started_from = {name: runs.locate(stage.init_from, workdir) for name, stage, _ in plan}
+  to_come = set()
+  for name, stage, stage_dir in plan:
     if wandb_key and stage.wandb.mode == "disabled":
       stage.wandb.mode = "online"
-    trainer(stage).prepare(stage, stage_dir, cache)
-  folders = {name: stage_dir for name, _, stage_dir in plan}
+    # What an earlier stage is yet to make cannot be looked at; nor need what is done be there.
+    known = started_from[name] if not summaries[name] else ""
+    trainer(stage).prepare(stage, stage_dir, cache, "" if known in to_come else known)
+    to_come |= set() if summaries[name] else {stage_dir}
   for name, stage, stage_dir in plan:
     if summaries[name]:
-      print(f"[{name}] is finished (step {summaries[name]['step']}), see {stage_dir}", flush=True)
+      logs.printer(name)(f"is finished (step {summaries[name]['step']}), see {stage_dir}")
       continue
-    init_from = folders.get(stage.init_from, stage.init_from)
     summaries[name] = trainer(stage).run(
-      stage, stage_dir, name, cache=cache, init_from=init_from, wandb_key=wandb_key
+      stage, stage_dir, name, cache=cache, init_from=started_from[name], wandb_key=wandb_key
     )
   return list(summaries.values())
+
+
+def cache_folder(workdir: str) -> str:
+  """Where evaluators keep what they compute once: $UMD_CACHE, else the workdir if it is local."""
+  local = "~/.cache/umd" if folder.scheme(workdir) else os.path.join(workdir, "cache")
+  return os.path.expanduser(os.environ.get("UMD_CACHE") or local)
 
 
 def trainer(stage: ConfigDict):

@@ -1,0 +1,87 @@
+"""ImageNet with TFDS: pre-training, fine-tuning and training from scratch, as in the UMD paper.
+
+  bash run_tpu.sh train --config configs/ae_i1k.py:variant=B/4,size=64 --workdir gs://BUCKET/UMD_B_4
+
+Arguments go behind a colon; ARGUMENTS lists them, docs/commands.md has every command of the paper.
+A run trains in <workdir>/pretrain; with finetune=True it starts from there and trains in
+<workdir>/finetune.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, images
+
+ARGUMENTS = dict(
+  common.ARGUMENTS,
+  **images.ARGUMENTS,
+  batch_size=1024,
+  epochs=800.0,
+  steps=0,  # length of the run in steps; 0: epochs count
+  lr=1.5e-4,  # for 256 images: the peak is lr * batch_size / 256
+  wd=0.05,
+  beta2=0.95,
+  ema_decay=0.9999,  # at 256 images a step; 1 - ema_decay grows with the batch
+  use_labels=False,
+  label_drop_prob=0.1,
+  finetune=False,  # start from the pre-training in the same workdir
+  init_from="",  # start from another run's workdir instead
+  init_weights="ema",  # ema or raw: which of its weights
+  latent_diffusion=False,  # train on latents of an image encoder: size / 8 with 4 channels
+  use_preprocessed_latents=False,
+  cfg_scale=1.5,  # classifier-free guidance of the samples; 1 is none
+  sampling_steps=125,
+  num_samples=10_000,
+  save_ckpt=True,  # False: no checkpoint, so nothing to resume, fine-tune or evaluate
+)
+
+
+def get_config(arg=None):
+  """One stage, "pretrain" or "finetune"."""
+  a = common.parse_arg(arg, **ARGUMENTS)
+  if a.use_preprocessed_latents and not a.latent_diffusion:
+    raise ValueError("use_preprocessed_latents=True needs latent_diffusion=True.")
+  if a.finetune and not a.use_labels:
+    raise ValueError("finetune=True is for class-conditional generation: add use_labels=True.")
+  stage = "finetune" if a.finetune else "pretrain"
+  return ConfigDict({"stages": (stage,), stage: _stage(a)})
+
+
+def _evals(a) -> dict:
+  sampling = common.sampling(steps=a.sampling_steps, cfg_scale=a.cfg_scale, path=a.path)
+  evals = dict(losses=images.losses(a, every=25_000))
+  if a.no_noise_prob > 0:
+    evals["reconstruction"] = images.reconstruction(a, every=25_000)
+  if a.use_labels:
+    evals["generation"] = images.generation(a, num=a.num_samples, sampling=sampling, every=25_000)
+  if not a.finetune:
+    probe = dict(protocol=("umd",), shots=(10, 100), pixels=False)
+    evals["fewshot"] = images.fewshot(a, every=10_000, **probe)
+  return evals
+
+
+def _stage(a) -> dict:
+  lr = common.scaled(a.lr, a.batch_size)
+  return common.autoencoder(
+    a,
+    data=images.train_data(a),
+    streams=common.streams(a.no_noise_prob, a.mask_ratio, a.mask_ratio_no_noise),
+    optim=common.optim(lr, a.wd, a.beta2, mu_dtype="bfloat16"),
+    batch_size=a.batch_size,
+    steps=a.steps,
+    epochs=0.0 if a.steps else a.epochs,
+    use_labels=a.use_labels,
+    label_drop_prob=a.label_drop_prob if a.use_labels else 0.0,
+    ema_decay=1 - common.scaled(1 - a.ema_decay, a.batch_size),
+    evals=_evals(a),
+    summary=images.SUMMARY,
+    init_from=a.init_from or ("stage:pretrain" if a.finetune else ""),
+    init_weights=a.init_weights,
+    init_fresh=("label_embed",) if a.use_labels else (),
+    eval_batch_size=1024,
+    checkpoint_every=5000 if a.save_ckpt else 0,
+    latents=dict(
+      name="sd-vae-ft-mse", factor=8, channels=4, preprocessed=a.use_preprocessed_latents
+    )
+    if a.latent_diffusion
+    else None,
+  )

@@ -1,0 +1,84 @@
+"""Full linear probe of a trained encoder: frozen features, BN without affine, one dense layer.
+
+  bash run_tpu.sh train --config configs/ae_i1k_lp.py:variant=B/4,size=64 --workdir gs://BUCKET/UMD_B_4
+
+Reads the encoder from <workdir>/pretrain and trains in <workdir>/linear_probe. All learning rates,
+and both kinds of features, train at once on one pass of the encoder. The best learning rate is
+chosen on images of the training set that are held out, and reported on the test split.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, images
+
+ARGUMENTS = dict(
+  images.ARGUMENTS,
+  # What the checkpoint is expected to be; checked where given, `size` always.
+  variant="B/4",
+  adaln=True,
+  latent_diffusion=False,
+  width=768,
+  run="",  # probe the run in this folder instead
+  weights="ema",  # ema or raw
+  use_noised_pred=True,  # also probe features of images noised to t
+  t=50,
+  epochs=100.0,
+  steps=0,  # length of the run in steps; 0: epochs count
+  batch_size=4096,
+  lrs="0.01+0.03+0.1+0.3+1+3",  # for 256 images, joined by "+"
+  wd=5e-5,
+  warmup=0.05,  # share of the steps
+  select_split="",  # where the learning rate is chosen; needed for data sets not in SPLITS
+  seed=0,
+  wandb_mode="disabled",
+)
+ARGUMENTS["area_min"] = 8
+EXPECTED = ("variant", "size", "adaln", "latent_diffusion", "width")
+SELECT = {
+  "imagenet2012": "train[99%:]",
+  "imagenet_resized/64x64": "train[99%:]",
+  "cifar10": "train[90%:]",
+  "tiny_imagenet": "train[90%:]",
+}
+TRAIN = {"cifar10": "train[:90%]", "tiny_imagenet": "train[:90%]"}
+
+
+def get_config(arg=None):
+  """One stage, "linear_probe"."""
+  a = common.parse_arg(arg, **ARGUMENTS)
+  return ConfigDict(dict(stages=("linear_probe",), linear_probe=_stage(a)))
+
+
+def _stage(a) -> dict:
+  select = a.select_split or SELECT.get(a.dataset, "")
+  if not select:
+    raise ValueError(
+      f"dataset={a.dataset!r}: give select_split=, a part of the training set that train_split= "
+      "leaves out; the learning rate is chosen on it."
+    )
+  with a.unlocked():
+    a.train_split = a.train_split or TRAIN.get(a.dataset, "")
+  train, test = images.train_data(a), images.test_data(a, "test")
+  return dict(
+    trainer="linear_probe",
+    seed=a.seed,
+    batch_size=a.batch_size,
+    eval_batch_size=1024,
+    data=train,
+    select=dict(test, split=select),
+    test=test,
+    timesteps=(0, a.t) if a.use_noised_pred else (0,),
+    lrs=tuple(common.scaled(lr, a.batch_size) for lr in common.numbers("lrs", a.lrs, float)),
+    warmup=a.warmup,
+    wd=a.wd,
+    steps=a.steps,
+    epochs=0.0 if a.steps else a.epochs,
+    init_from=a.run or "stage:pretrain",
+    init_weights=a.weights,
+    expected={k: a[k] for k in EXPECTED if k in a.given or k == "size"},
+    eval_every=5000,
+    log_every=100,
+    checkpoint=dict(every=1000, keep=2),
+    wandb=dict(mode=a.wandb_mode, project="umd"),
+    summary=tuple(f"{n}/t{t}" for t in (0, a.t) for n in ("top1", "top5", "lr")),
+  )

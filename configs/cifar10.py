@@ -1,0 +1,23 @@
+"""CIFAR-10: the methods of the paper at 32 px, on a CPU in an hour or on one GPU in minutes.
+
+  bash run.sh train --config configs/cifar10.py:method=umd --workdir runs/cifar10_umd
+
+Reads TFDS's `cifar10` from $TFDS_DATA_DIR, and downloads it if it is not there. ARGUMENTS of
+two_stages.py; docs/results.md has what came of them.
+"""
+
+from configs import common, two_stages
+
+ARGUMENTS = {
+  **two_stages.ARGUMENTS,
+  "dataset": "cifar10",
+  "size": 32,
+  "variant": "micro/4",
+  "cache": True,
+  "adaln": False,
+}
+
+
+def get_config(arg=None):
+  """Both stages, "pretrain" and "finetune"."""
+  return two_stages.get_config(common.parse_arg(arg, **ARGUMENTS))

@@ -1,0 +1,58 @@
+"""ImageNet at 64 px with labels, for small budgets: class-conditional UMD or DiT from scratch.
+
+  bash run.sh train --config configs/i1k_64.py:method=dit --workdir runs/i1k_64
+
+Trains in one stage, as DiT does, on TFDS's `imagenet_resized/64x64` (12 GB, downloaded without an
+account); dataset=imagenet2012 takes the full-size images instead. ARGUMENTS lists the rest.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, images
+
+ARGUMENTS = {
+  **common.ARGUMENTS,
+  **images.ARGUMENTS,
+  "variant": "S/4",
+  "dataset": "imagenet_resized/64x64",
+  "batch_size": 256,
+  "epochs": 100.0,
+  "steps": 0,  # length of the run in steps; 0: epochs count
+  "lr": 1.5e-4,  # for 256 images
+  "wd": 0.0,
+  "beta2": 0.999,
+  "ema_decay": 0.9999,
+  "label_drop_prob": 0.1,
+  "cfg_scale": 1.5,  # classifier-free guidance of the samples; 1 is none
+  "sampling_steps": 125,
+  "num_samples": 10_000,
+}
+
+
+def get_config(arg=None):
+  """One stage, "pretrain"."""
+  a = common.parse_arg(arg, **ARGUMENTS)
+  sampling = common.sampling(steps=a.sampling_steps, cfg_scale=a.cfg_scale, path=a.path)
+  probe = dict(protocol=("umd",), shots=(10, 100), pixels=False)
+  evals = dict(
+    losses=images.losses(a, every=25_000),
+    fewshot=images.fewshot(a, every=25_000, **probe),
+    generation=images.generation(a, num=a.num_samples, sampling=sampling, every=25_000),
+  )
+  if a.no_noise_prob > 0:
+    evals["reconstruction"] = images.reconstruction(a, every=25_000)
+  stage = common.autoencoder(
+    a,
+    data=images.train_data(a),
+    streams=common.streams(a.no_noise_prob, a.mask_ratio, a.mask_ratio_no_noise),
+    optim=common.optim(common.scaled(a.lr, a.batch_size), a.wd, a.beta2),
+    batch_size=a.batch_size,
+    steps=a.steps,
+    epochs=0.0 if a.steps else a.epochs,
+    use_labels=True,
+    label_drop_prob=a.label_drop_prob,
+    ema_decay=a.ema_decay,
+    evals=evals,
+    summary=images.SUMMARY,
+  )
+  return ConfigDict(dict(stages=("pretrain",), pretrain=stage))

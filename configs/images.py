@@ -1,0 +1,125 @@
+"""What configs of image data sets share: splits, preprocessing and evaluators."""
+
+from configs import common
+
+# train: for the auto-encoder; held_out: for its losses; labelled, test: for probes and references.
+SPLITS = {
+  "imagenet2012": dict(
+    train="train[:99%]", held_out="train[99%:]", labelled="train[:100000]", test="validation"
+  ),
+  "imagenet_resized/64x64": dict(
+    train="train[:99%]", held_out="train[99%:]", labelled="train[:100000]", test="validation"
+  ),
+  "tiny_imagenet": dict(train="train", held_out="validation", labelled="train", test="validation"),
+  "cifar10": dict(train="train", held_out="test", labelled="train", test="test"),
+}
+
+# Arguments that every config of an image data set takes.
+ARGUMENTS = dict(
+  dataset="imagenet2012",  # a TFDS data set, or folder:PATH, or npz:FILE
+  data_dir="",  # where TFDS data is; else $TFDS_DATA_DIR, else TFDS's own place
+  train_split="",  # needed for data sets that are not in SPLITS, as is test_split
+  test_split="",
+  cache=False,  # keep the encoded images in this host's memory
+  size=64,  # side of the images in pixels
+  area_min=80,  # smallest crop in training, percent of the image
+)
+
+SUMMARY = (
+  "fewshot/class_umd_10shot_mean",
+  "fewshot/class_umd_100shot_mean",
+  "reconstruction/masked_mse",
+  "reconstruction/mean_image_mse",
+  "generation/agreement",
+  "generation/frechet_classifier",
+  "generation/frechet_classifier_floor",
+  "generation/frechet_classifier_ceiling",
+)
+
+
+def train_pp(size: int, area_min: int) -> str:
+  """A crop of `area_min` to 100 % of the image, resized, perhaps mirrored, in [-1, 1]."""
+  crop = f"decode_jpeg_and_inception_crop({size}, area_min={area_min})"
+  return f"{crop}|flip_lr|value_range(-1, 1)|keep('image', 'label')"
+
+
+def test_pp(size: int) -> str:
+  """The largest square in the middle, resized, in [-1, 1]."""
+  return (
+    f"decode|resize_small({size})|central_crop({size})|value_range(-1, 1)|keep('image', 'label')"
+  )
+
+
+def name(dataset: str) -> str:
+  """The `name` of a data spec: TFDS unless it says another kind."""
+  return dataset if dataset.startswith(("folder:", "npz:", "tfds:")) else f"tfds:{dataset}"
+
+
+def splits(a) -> dict:
+  """The splits of `a.dataset`; `train_split` and `test_split` take the place of those in SPLITS.
+
+  Raises:
+    ValueError: the data set is not in SPLITS and the arguments do not name its splits.
+  """
+  known = SPLITS.get(a.dataset.removeprefix("tfds:"), {})
+  if not known and not (a.train_split and a.test_split):
+    raise ValueError(
+      f"dataset={a.dataset!r} is none of {list(SPLITS)}, whose splits are known: give train_split= "
+      "and test_split= too."
+    )
+  train = dict(train=a.train_split, labelled=a.train_split) if a.train_split else {}
+  test = dict(held_out=a.test_split, test=a.test_split) if a.test_split else {}
+  return {**known, **train, **test}
+
+
+def train_data(a) -> dict:
+  """Spec of the training images."""
+  pp = train_pp(a.size, a.area_min)
+  return common.data(name(a.dataset), splits(a)["train"], pp, a.data_dir, a.cache)
+
+
+def test_data(a, part: str) -> dict:
+  """Spec of the images of a part (a key of SPLITS' rows), without augmentation."""
+  spec = name(a.dataset), splits(a)[part], test_pp(a.size), a.data_dir, a.cache
+  return common.data(*spec)
+
+
+def fewshot(a, *, every: int, **settings) -> dict:
+  """Few-shot probe of the representation."""
+  train, test = test_data(a, "labelled"), test_data(a, "test")
+  return dict(type="fewshot", train=train, test=test, every=every, **settings)
+
+
+def losses(a, *, every: int, num: int = 2048) -> dict:
+  """The objective on `num` images that were not trained on."""
+  return dict(type="losses", data=test_data(a, "held_out"), num=num, every=every)
+
+
+def reconstruction(a, *, every: int, num: int = 2048) -> dict:
+  """Filling in of masked patches."""
+  data = test_data(a, "held_out")
+  scale = max(1, 96 // a.size)
+  return dict(
+    type="reconstruction",
+    data=data,
+    mask_ratio=a.mask_ratio_no_noise,
+    num=num,
+    scale=scale,
+    every=every,
+  )
+
+
+def generation(a, *, num: int, sampling: dict, every: int) -> dict:
+  """Samples, and their distance to real images."""
+  train = test_data(a, "labelled")
+  if train["split"] == "train[:100000]":  # The judge holds its images in memory: 2.5 GB of them.
+    train["split"] = f"train[:{min(50_000, 50_000 * 64**2 // a.size**2)}]"
+  return dict(
+    type="generation",
+    train=train,
+    test=test_data(a, "test"),
+    num=num,
+    sampling=sampling,
+    scale=max(1, 96 // a.size),
+    every=every,
+  )

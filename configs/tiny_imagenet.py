@@ -1,0 +1,23 @@
+"""Tiny ImageNet at 64 px, prepared as a TFDS data set with splits train and validation.
+
+  TFDS_DATA_DIR=DIR bash run.sh train --config configs/tiny_imagenet.py --workdir runs/tiny
+
+TFDS has no builder for it: docs/data.md says how to prepare one from a folder of images. ARGUMENTS
+of two_stages.py.
+"""
+
+from configs import common, two_stages
+
+ARGUMENTS = {
+  **two_stages.ARGUMENTS,
+  "dataset": "tiny_imagenet",
+  "size": 64,
+  "variant": "micro/8",
+  "cache": True,
+  "adaln": False,
+}
+
+
+def get_config(arg=None):
+  """Both stages, "pretrain" and "finetune"."""
+  return two_stages.get_config(common.parse_arg(arg, **ARGUMENTS))

@@ -1,0 +1,113 @@
+"""Evaluates a trained run without training it."""
+
+import contextlib
+import datetime
+import json
+import os
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+import evaluators
+from trainers import logs, runs
+from umd import metrics, sharding
+from umd import workdir as folder
+from umd.checkpoint import load_params
+from umd.state import TrainState
+
+
+def prepare(config: ConfigDict, workdir: str, cache: str, init_from: str = ""):
+  """(the run in `init_from`, the evaluators), built without computing or writing anything.
+
+  The model is the one that the run's own config describes. Without `init_from`, where the run is
+  yet to be trained, there is nothing to build, and the result is None.
+
+  Raises:
+    ValueError: the run is not what `config.expected` says, or an evaluator cannot be built.
+    FileNotFoundError: there is no trained run.
+  """
+  sharding.check_divides("batch_size", config.eval_batch_size, sharding.make_mesh())
+  return _build(config, cache, init_from) if init_from else None
+
+
+def _build(config: ConfigDict, cache: str, init_from: str):
+  run = runs.open_run(init_from, scan=config.model.scan)
+  runs.check_expected(run, config.expected.to_dict())
+  mesh, size = sharding.make_mesh(), config.eval_batch_size
+  context = evaluators.Context(run.inference, run.streams, mesh, size, config.seed, cache)
+  return run, evaluators.from_config(_evals(config, run), context)
+
+
+def _evals(config: ConfigDict, run: runs.Run) -> dict:
+  """Settings of the evaluators; guidance that nobody asked for is left out without labels."""
+  evals = config.evals.to_dict()
+  for settings in evals.values():
+    if "sampling" in settings and config.guide_if_labelled and not run.model.num_classes:
+      settings["sampling"]["cfg_scale"] = 1.0
+  return evals
+
+
+def _load(run: runs.Run, weights: str) -> TrainState:
+  """The run's weights on all devices: the chosen ones where evaluators look, the raw ones too."""
+  everywhere = sharding.replicated(sharding.make_mesh())
+  chosen, step = load_params(run.folder, weights)
+  raw, _ = load_params(run.folder, "raw")
+  place = lambda tree: jax.tree.map(
+    lambda x: jax.make_array_from_callback(x.shape, everywhere, lambda part: x[part]), tree
+  )
+  return TrainState(jnp.int32(step), place(raw), place(chosen), ())
+
+
+def run(
+  config: ConfigDict,
+  workdir: str,
+  name: str,
+  *,
+  cache: str,
+  init_from: str = "",
+  wandb_key: str | None = None,
+) -> dict:
+  """Runs every evaluator once on the newest checkpoint of the run in `init_from`.
+
+  Writes metrics and pictures to `workdir`, and adds a line with the settings and all numbers to
+  its evaluations.jsonl. Arguments as in `trainers.autoencoder.run`.
+  """
+  say, started = logs.printer(name), time.time()
+  prepare(config, workdir, cache)
+  trained, scheduled = _build(config, cache, init_from)
+  state = _load(trained, config.init_weights)
+  step = int(state.step)
+  say(f"evaluates {trained.folder}, step {step}, {config.init_weights} weights")
+  is_main = jax.process_index() == 0
+  if is_main:
+    folder.start(workdir, config.to_dict())
+  # Results of earlier evaluations, of whatever step, stay in the logs.
+  writer = logs.make_writer(config, workdir, sys.maxsize, wandb_key)
+  writer.latest.clear()
+  with contextlib.closing(writer):
+    for s in scheduled:
+      began = time.perf_counter()
+      values = {f"{s.name}/{k}": v for k, v in s.evaluator(state)}
+      writer.write(step, values)
+      say(f"{s.name} ({time.perf_counter() - began:.0f} s)")
+      for k, v in values.items():
+        if not isinstance(v, metrics.Images):
+          say(f"  {k} {v:.4g}")
+  summary = {
+    "name": name,
+    "step": step,
+    "seconds": time.time() - started,
+    "headline": sorted(writer.latest),
+    "metrics": writer.latest,
+  }
+  if is_main:
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    record = dict(time=now, run=trained.folder, weights=config.init_weights, **summary)
+    record["evals"] = _evals(config, trained)
+    path = os.path.join(workdir, "evaluations.jsonl")
+    earlier = folder.read_bytes(path) or b""
+    folder.write_bytes(path, earlier + json.dumps(record).encode() + b"\n")
+  return summary

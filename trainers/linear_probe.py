@@ -1,0 +1,227 @@
+"""Trains linear classifiers on the frozen representation of a trained auto-encoder.
+
+The protocol is MAE's (He et al. 2022, app. A.2): batch normalisation without affine parameters, one
+dense layer, LARS. A grid of learning rates, and features of clean and of noised images, train at
+once on one pass through the encoder.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+import evaluators
+from trainers import logs, runs
+from trainers.autoencoder import count_steps
+from umd import data, metrics, optim, probe, sharding
+from umd import workdir as folder
+from umd.checkpoint import Checkpoints, load_params
+from umd.inference import Inference, example_keys
+
+HARMLESS = ("checkpoint", "eval_every", "log_every", "summary", "wandb")
+STATISTICS = ("top1", "top5")
+
+
+class Parts(NamedTuple):
+  """What a config stands for, before anything is computed."""
+
+  mesh: Mesh
+  run: runs.Run
+  train: data.Source
+  held_out: dict[str, data.Source]
+  steps: int
+  schedule: Callable
+
+
+def prepare(config: ConfigDict, workdir: str, cache: str, init_from: str = "") -> Parts | None:
+  """Builds everything that can be wrong; computes and writes nothing.
+
+  Without `init_from`, where the run is yet to be trained, it checks the settings and returns None.
+
+  Raises:
+    ValueError: a setting that makes no sense, or a run that is not what `config.expected` says.
+    FileNotFoundError: there is no trained run, or no data.
+  """
+  folder.check_same_run(workdir, config.to_dict(), HARMLESS)
+  mesh = sharding.make_mesh()
+  sharding.check_divides("batch_size", config.batch_size, mesh)
+  sharding.check_divides("eval_batch_size", config.eval_batch_size, mesh)
+  if not config.lrs or min(config.lrs) <= 0:
+    raise ValueError(f"lrs={config.lrs} must be at least one positive learning rate.")
+  return _build(config, mesh, init_from) if init_from else None
+
+
+def _build(config: ConfigDict, mesh: Mesh, init_from: str) -> Parts:
+  run = runs.open_run(init_from)
+  runs.check_expected(run, config.expected.to_dict())
+  train = data.load(**config.data.to_dict())
+  held_out = {name: data.load(**config[name].to_dict()) for name in ("select", "test")}
+  for source in (train, *held_out.values()):
+    if source.image_size != run.model.image_size or not source.num_classes:
+      raise ValueError(
+        f"{source.name!r} has images of {source.image_size} and {source.num_classes} classes; the "
+        f"probe needs labels and the encoder's {run.model.image_size}. Choose size= or dataset=."
+      )
+    if source.num_classes != train.num_classes:
+      raise ValueError(
+        f"{source.name!r} has {source.num_classes} classes, {train.name!r} has "
+        f"{train.num_classes}. Name data with the same classes."
+      )
+  timesteps = run.inference.path.timesteps
+  if bad := [t for t in config.timesteps if not 0 <= t <= timesteps]:
+    raise ValueError(f"timesteps={bad} must be in [0, {timesteps}].")
+  steps = count_steps(config, len(train))
+  return Parts(mesh, run, train, held_out, steps, optim.make_schedule(1.0, steps, config.warmup))
+
+
+def make_step(inference: Inference, config: ConfigDict, schedule: Callable, mesh: Mesh) -> Callable:
+  """Builds the jitted `step(states, params, batch) -> (states, metrics)`, a state per timestep."""
+  lrs = jnp.asarray(config.lrs, jnp.float32)
+
+  def step(states, params, batch):
+    any_state = next(iter(states.values()))
+    key = jax.random.fold_in(jax.random.key(config.seed), any_state.step)
+    new, values = {}, {"lr": schedule(any_state.step)}
+    for name, t in timestep_names(config).items():
+      keys = jax.random.split(jax.random.fold_in(key, t), len(batch["label"]))
+      features = inference.represent(params, batch["image"], keys, t)["class"]
+      new[name], losses = probe.train_probe(
+        states[name], features, batch["label"], lrs * schedule(any_state.step), config.wd
+      )
+      values |= {f"loss/{name}/lr{lr:g}": losses[i] for i, lr in enumerate(config.lrs)}
+    values["loss"] = jnp.stack([v for k, v in values.items() if k.startswith("loss/")]).min()
+    return new, values
+
+  everywhere, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+  return jax.jit(
+    step,
+    donate_argnums=0,
+    in_shardings=(everywhere, everywhere, rows),
+    out_shardings=(everywhere, everywhere),
+  )
+
+
+def timestep_names(config: ConfigDict) -> dict[str, int]:
+  """{"t0": 0, "t50": 50}."""
+  return {f"t{t}": t for t in config.timesteps}
+
+
+def make_judge(context: evaluators.Context, config: ConfigDict) -> Callable:
+  """Builds `judge(params, states, source) -> {timestep: {statistic: [accuracy of every head]}}`."""
+
+  def count(inputs, batch):
+    params, states = inputs
+    out = {}
+    for name, t in timestep_names(config).items():
+      keys = example_keys(config.seed, batch["index"])
+      features = context.inference.represent(params, batch["image"], keys, t)["class"]
+      logits = probe.predict(states[name], features)
+      for statistic in STATISTICS:
+        k = min(int(statistic.removeprefix("top")), logits.shape[-1])
+        out[f"{name}/{statistic}"] = probe.hits(logits, batch["label"], k)
+    return out
+
+  count = context.jit(count)
+
+  def judge(params, states, source):
+    shares = {k: v.mean(axis=0) for k, v in context.map(count, (params, states), source).items()}
+    return {t: {s: shares[f"{t}/{s}"] for s in STATISTICS} for t in timestep_names(config)}
+
+  return judge
+
+
+def run(
+  config: ConfigDict,
+  workdir: str,
+  name: str,
+  *,
+  cache: str,
+  init_from: str = "",
+  wandb_key: str | None = None,
+) -> dict:
+  """Trains the heads to the last step and returns the summary; resumes as the auto-encoder does.
+
+  Yields, for every timestep, "top1/t<t>" and "top5/t<t>" on the test split of the head that is best
+  on the `select` split, its learning rate "lr/t<t>", and "select/t<t>/lr<lr>" of all heads.
+  Arguments as in `trainers.autoencoder.run`.
+  """
+  say, started = logs.printer(name), time.time()
+  prepare(config, workdir, cache)
+  mesh, trained, train, held_out, steps, schedule = _build(config, sharding.make_mesh(), init_from)
+  everywhere = sharding.replicated(mesh)
+  params, run_step = load_params(trained.folder, config.init_weights)
+  params = jax.tree.map(
+    lambda x: jax.make_array_from_callback(x.shape, everywhere, lambda part: x[part]), params
+  )
+  width, classes = trained.model.shape.width, train.num_classes
+  init = lambda key: {
+    t: probe.init_probe(key, len(config.lrs), width, classes, config.wd)
+    for t in timestep_names(config)
+  }
+  states = jax.jit(init, out_shardings=everywhere)(jax.random.key(config.seed))
+  step_fn = make_step(trained.inference, config, schedule, mesh)
+  checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+  step = checkpoints.latest() or 0
+  if step:
+    states, _ = checkpoints.restore(states, step)
+    say(f"resumed at step {step}")
+  say(
+    f"probes {trained.folder}, step {run_step}, {config.init_weights} weights: {classes} classes, "
+    f"{len(config.lrs)} learning rates x timesteps {tuple(config.timesteps)}"
+  )
+  size = config.eval_batch_size
+  context = evaluators.Context(trained.inference, trained.streams, mesh, size, config.seed, cache)
+  judge = make_judge(context, config)
+  if jax.process_index() == 0:
+    folder.start(workdir, config.to_dict())
+  writer = logs.make_writer(config, workdir, step, wandb_key)
+
+  def evaluate(step):
+    found = {part: judge(params, states, source) for part, source in held_out.items()}
+    values = {}
+    for t in timestep_names(config):
+      chosen = int(found["select"][t]["top1"].argmax())
+      values |= {f"{s}/{t}": found["test"][t][s][chosen] for s in STATISTICS}
+      values[f"lr/{t}"] = config.lrs[chosen]
+      for lr, accuracy in zip(config.lrs, found["select"][t]["top1"], strict=True):
+        values[f"select/{t}/lr{lr:g}"] = accuracy
+    writer.write(step, values)
+    say(f"step {step}  " + "  ".join(f"{k} {values[k]:.4g}" for k in config.summary if k in values))
+
+  place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+  batches = data.train_batches(train, config.batch_size, seed=config.seed, start_step=step, **place)
+  pending, progress = logs.StepMetrics(), metrics.Progress(steps, step, config.batch_size)
+  with contextlib.closing(checkpoints), contextlib.closing(writer):
+    for batch in sharding.prefetch(batches, mesh):
+      if step == steps:
+        break
+      states, values = step_fn(states, params, batch)
+      step += 1
+      pending.add(step, values)
+      last = step == steps
+      evaluating = last or step % config.eval_every == 0
+      saving = last or step % config.checkpoint.every == 0
+      if last or evaluating or saving or step % config.log_every == 0:
+        logs.log(step, steps, pending, progress, writer, say)
+      if evaluating:
+        evaluate(step)
+      if saving:
+        writer.flush()
+        checkpoints.save(states, step, {"position": step * config.batch_size})
+      if evaluating:
+        progress.resume(step)
+  summary = {
+    "name": name,
+    "step": step,
+    "seconds": time.time() - started,
+    "headline": list(config.summary),
+    "metrics": writer.latest,
+  }
+  if jax.process_index() == 0:
+    folder.finish(workdir, summary)
+  return summary
