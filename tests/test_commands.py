@@ -5,6 +5,8 @@ Data stand in by what the TFDS catalogue says of them, so that nothing is read o
 
 import dataclasses
 import os
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -416,3 +418,46 @@ def test_configs_of_other_data_sets_are_built(opened, tmp_path, config):
     assert parts.evaluators
     measured = {metric.split("/")[0] for metric in found[name].summary}
     assert measured - {"fewshot", "reconstruction", "generation"} == set()
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_the_config_of_a_folder_is_built(tmp_path, labels):
+  import tensorflow as tf
+
+  root = tmp_path / "images"
+  for i in range(40):
+    png = tf.io.encode_png(tf.fill((20, 24, 3), tf.cast(i, tf.uint8))).numpy()
+    place = root / ("cat", "dog")[i % 2] if labels else root
+    place.mkdir(parents=True, exist_ok=True)
+    (place / f"{i}.png").write_bytes(png)
+  found = parse(f"configs/folder.py:root={root},size=16,use_labels={labels},num_samples=20")
+  assert found.stages == (("pretrain", "finetune") if labels else ("pretrain",))
+  for name in found.stages:
+    parts = autoencoder.prepare(found[name], str(tmp_path), str(tmp_path))
+    assert (len(parts.source), parts.source.image_size) == (36, (16, 16, 3))
+    assert parts.model.num_classes == (2 if name == "finetune" else 0)
+
+
+def test_a_folder_must_be_named():
+  with pytest.raises(flags.IllegalFlagValueError, match=r"root='' must be a folder of images"):
+    parse("configs/folder.py")
+
+
+WRITTEN = sorted(
+  {
+    found
+    for file in ("README.md", "docs/*.md", "configs/*.py", "train.py", "*.sh")
+    for path in Path(ROOT).glob(file)
+    for found in re.findall(r"--config (configs/[^\s`\"']+)", path.read_text(encoding="utf-8"))
+  }
+)
+
+
+def test_commands_are_found_in_the_documents():
+  assert "configs/ae_i1k.py:variant=B/4,size=64" in WRITTEN and len(WRITTEN) > 10
+
+
+@pytest.mark.parametrize("config", WRITTEN)
+def test_every_command_in_the_documents_is_a_config(config):
+  found = parse(config)
+  assert all(found[name].trainer for name in found.stages)

@@ -243,16 +243,16 @@ def two(tmp_path_factory, one) -> Pair:
   while len(read_jsonl(log)) < 8 and launch.processes[0].poll() is None:
     time.sleep(0.02)
   launch.processes[1].send_signal(signal.SIGKILL)
-  statuses = launch.wait(90)
+  statuses = launch.wait(180)
   summary = workdir / "finetune" / "summary.json"
   assert not summary.exists(), f"killed too late to tell: {launch.told(0)}"
   again = Launch(workdir, folder, "again")
-  assert again.wait(300) == [0, 0], again.told(0) + again.told(1)
+  assert again.wait(600) == [0, 0], again.told(0) + again.told(1)
   return Pair(workdir, statuses, again)
 
 
 def test_a_killed_process_ends_the_other_with_an_error_in_bounded_time(two):
-  """The bound is the fixture's `wait`: 90 s, of which the heartbeat takes ten."""
+  """The bound is the fixture's `wait`: 180 s, of which the heartbeat takes ten."""
   assert two.killed[1] == -signal.SIGKILL
   assert two.killed[0] != 0
 

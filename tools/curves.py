@@ -1,6 +1,6 @@
 """Draws metrics of runs over their steps, one panel a metric, one line a run.
 
-  bash run.sh tools.curves RUN [RUN ...] --metrics loss/noised/eps loss/noised/x0 --out curves.png
+bash run.sh tools.curves RUN [RUN ...] --metrics loss/noised/eps loss/noised/x0 --out curves.png
 """
 
 import argparse

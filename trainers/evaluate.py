@@ -52,12 +52,10 @@ def _evals(config: ConfigDict, run: runs.Run) -> dict:
 
 def _load(run: runs.Run, weights: str) -> TrainState:
   """The run's weights on all devices: the chosen ones where evaluators look, the raw ones too."""
-  everywhere = sharding.replicated(sharding.make_mesh())
+  mesh = sharding.make_mesh()
   chosen, step = load_params(run.folder, weights)
   raw, _ = load_params(run.folder, "raw")
-  place = lambda tree: jax.tree.map(
-    lambda x: jax.make_array_from_callback(x.shape, everywhere, lambda part: x[part]), tree
-  )
+  place = lambda tree: sharding.replicate(tree, mesh)
   return TrainState(jnp.int32(step), place(raw), place(chosen), ())
 
 

@@ -155,9 +155,7 @@ def run(
   mesh, trained, train, held_out, steps, schedule = _build(config, sharding.make_mesh(), init_from)
   everywhere = sharding.replicated(mesh)
   params, run_step = load_params(trained.folder, config.init_weights)
-  params = jax.tree.map(
-    lambda x: jax.make_array_from_callback(x.shape, everywhere, lambda part: x[part]), params
-  )
+  params = sharding.replicate(params, mesh)
   width, classes = trained.model.shape.width, train.num_classes
   init = lambda key: {
     t: probe.init_probe(key, len(config.lrs), width, classes, config.wd)

@@ -51,7 +51,8 @@ class StepMetrics:
       if bad:
         raise FloatingPointError(
           f"Step {step}: {', '.join(bad)} not finite. Parameters are lost from this step on; the "
-          "last checkpoint is from before. Lower optim.lr or optim.clip_norm, or look at the data."
+          "last checkpoint is from before. Lower optim.lr or optim.clip_norm (of a linear probe: "
+          "lrs), or look at the data."
         )
     means = {k: float(np.mean([v[k] for v in fetched])) for k in (fetched[0] if fetched else ())}
     return {**means, "lr": float(fetched[-1]["lr"])} if fetched else {}

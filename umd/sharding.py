@@ -61,6 +61,13 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
+def replicate(tree, mesh: Mesh):
+  """Arrays that every process holds whole -> global arrays, whole on every device."""
+  everywhere = replicated(mesh)
+  place = lambda x: jax.make_array_from_callback(x.shape, everywhere, lambda part: x[part])
+  return jax.tree.map(place, tree)
+
+
 def prefetch(batches: Iterator, mesh: Mesh, size: int = 2) -> Iterator[dict[str, jax.Array]]:
   """Keeps `size` batches on their way to the devices while one is being worked on."""
   queue = collections.deque(put_batch(b, mesh) for b in itertools.islice(batches, size))
