@@ -39,13 +39,14 @@ def draw(runs: list[str], metrics: list[str], out: str, log: bool) -> None:
     if not any(metric in known[run] for run in runs):
       names = sorted(set().union(*known.values()))
       raise ValueError(f"metric {metric!r} is in no run; known: {names}.")
-    for run, label in zip(runs, labels, strict=True):
+    for i, (run, label) in enumerate(zip(runs, labels, strict=True)):
       steps, values = series(run, metric)
-      if steps:
-        axis.plot(steps, values, label=label, linewidth=1.4, marker="." if len(steps) < 4 else None)
+      if steps:  # A run has the same colour in every panel.
+        marker = "." if len(steps) < 4 else None
+        axis.plot(steps, values, label=label, color=f"C{i}", linewidth=1.4, marker=marker)
     axis.set(title=metric, xlabel="step", yscale="log" if log else "linear")
     axis.grid(alpha=0.3)
-  axes[0][0].legend(fontsize=8)
+    axis.legend(fontsize=8)
   figure.tight_layout()
   figure.savefig(out, dpi=120)
 
