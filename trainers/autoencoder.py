@@ -24,7 +24,7 @@ from umd.paths import make_path
 from umd.state import init_state, make_train_step
 
 # What may change between two starts of one run without making it another run.
-HARMLESS = ("checkpoint", "evals", "log_every", "summary", "wandb")
+HARMLESS = ("checkpoint", "evals", "fsdp", "log_every", "summary", "wandb")
 
 
 def make_model(config: ConfigDict, image_size: tuple[int, int, int], num_classes: int):
