@@ -159,6 +159,49 @@ def test_a_wrong_npz_is_an_error_that_says_what_is_wrong(content, needed, tmp_pa
     assert word in str(error.value)
 
 
+def mapped(x):
+  """Whether an array is a view of a file."""
+  while x is not None and not isinstance(x, np.memmap):
+    x = x.base
+  return x is not None
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("split, rows", [("all", slice(0, 7)), ("all[2:5]", slice(2, 5))])
+def test_images_of_an_uncompressed_npz_stay_in_the_file(split, rows, order, tmp_path):
+  images = np.random.default_rng(0).integers(0, 256, (7, 4, 5, 3), np.uint8)
+  arrays = dict(mu=np.zeros(99), arr_0=np.asarray(images, order=order), arr_1=np.arange(7))
+  np.savez(tmp_path / "plain.npz", **arrays)
+  np.savez_compressed(tmp_path / "small.npz", **arrays)
+  plain, small = (
+    load(f"npz:{tmp_path / f}.npz", split, "value_range(-1, 1)").records for f in ("plain", "small")
+  )
+  for records in (plain, small):
+    np.testing.assert_array_equal(records.images, images[rows])
+    np.testing.assert_array_equal(records.labels, np.arange(7)[rows])
+  assert mapped(plain.images) and not mapped(small.images)
+  assert plain.images.dtype == np.uint8
+
+
+def test_rows_of_an_npz_that_do_not_follow_one_another_are_copied(tmp_path):
+  np.savez(tmp_path / "a.npz", images=np.arange(10, dtype=np.float32).reshape(10, 1, 1, 1))
+  source = load(f"npz:{tmp_path / 'a.npz'}", "all[8:]+all[:2]")
+  assert source.records.images.ravel().tolist() == [8, 9, 0, 1]
+
+
+def test_an_npz_whose_header_tells_another_size_than_its_bytes_is_an_error(tmp_path):
+  path = tmp_path / "a.npz"
+  np.savez(path, images=np.zeros((1000, 1, 1, 1), np.uint8))
+  whole = path.read_bytes()
+  assert whole.count(b"(1000, 1, 1, 1)") == 1
+  path.write_bytes(whole.replace(b"(1000, 1, 1, 1)", b"(9000, 1, 1, 1)"))
+  with pytest.raises(ValueError, match=r"a\.npz.*uint8 \[9000, 1, 1, 1\].*number of bytes"):
+    load(f"npz:{path}", "all", "value_range(-1, 1)")
+  path.write_bytes(whole[:-200])
+  with pytest.raises(ValueError, match=r"a\.npz.*not readable as npz"):
+    load(f"npz:{path}", "all", "value_range(0, 1)")
+
+
 def test_a_missing_npz_is_an_error_that_names_it():
   with pytest.raises(FileNotFoundError, match=r"npz:/nowhere/a\.npz.*no such file"):
     load("npz:/nowhere/a.npz", "all")

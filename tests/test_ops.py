@@ -286,6 +286,28 @@ def test_an_image_smaller_than_the_crop_is_an_error_that_names_it(tmp_path):
     next(eval_batches(source, 1))
 
 
+def test_expect_size_makes_the_size_known_and_changes_nothing(tmp_path):
+  image = smooth(6, 9)
+  (tmp_path / "a.png").write_bytes(encoded(image, "PNG"))
+  source = load(f"folder:{tmp_path}", "all", "decode|expect_size(6, 9)|value_range(0, 255)")
+  assert source.image_size == (6, 9, 3)
+  np.testing.assert_array_equal(next(eval_batches(source, 1))["image"][0], image)
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (5, 9), (9, 6)])
+def test_an_image_of_another_size_than_expected_is_an_error_that_names_it(shape, tmp_path):
+  for i in range(3):
+    (tmp_path / f"{i}.png").write_bytes(encoded(smooth(6, 9), "PNG"))
+  (tmp_path / "other.png").write_bytes(encoded(smooth(*shape), "PNG"))
+  pp = "decode|expect_size(6, 9, ' as its neighbours')|value_range(-1, 1)"
+  source = load(f"folder:{tmp_path}", "all", pp)
+  told = rf"other\.png'.* {shape[0]} x {shape[1]}, not 6 x 9 as its neighbours"
+  with pytest.raises(ValueError, match=told):
+    list(eval_batches(source, 4))
+  with pytest.raises(ValueError, match=r"expect_size.*the image is 6 x 9, not 7 x 9"):
+    from_arrays("a", np.zeros((1, 6, 9, 3), np.uint8), None, 0, "expect_size(7, 9)")
+
+
 def test_arrays_of_uint8_need_a_value_range():
   with pytest.raises(ValueError, match=r"add value_range\(-1, 1\)"):
     from_arrays("bytes", np.zeros((2, 4, 4, 3), np.uint8), None, 0)

@@ -1,5 +1,8 @@
 """Data that is in memory, decoded: arrays, npz files, scikit-learn's digits."""
 
+import hashlib
+import math
+import struct
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +16,7 @@ NPZ_KEYS = ("images", "labels", "arr_0", "arr_1")
 
 
 class Arrays(Records):
-  """Images in memory: uint8 or float32 [n, H, W, C]."""
+  """Images in memory, or in a file that is mapped into it: uint8 or float32 [n, H, W, C]."""
 
   def __init__(
     self,
@@ -65,6 +68,12 @@ class Arrays(Records):
   def fetch(self, ids):
     return {"image": self.images[ids], "label": self._labels[ids]}
 
+  def fingerprint(self):
+    digest = hashlib.sha256(f"{self.images.dtype} {self.images.shape}".encode())
+    for part in (*self.images, self._labels):  # An image at a time: they may be mapped from a file.
+      digest.update(np.ascontiguousarray(part))
+    return digest.hexdigest()
+
 
 def digits(split: str) -> Arrays:
   """Handwritten digits that come with scikit-learn: 1,797 real 8x8 images of 10 classes.
@@ -90,6 +99,8 @@ def npz(file: str, split: str) -> Arrays:
   """Images of an npz file: `images` and `labels`, or arr_0 and arr_1 as ADM writes them.
 
   The one split is "all", in the file's order. Labels may be missing; classes are 0..the largest.
+  Images that are stored uncompressed, as np.savez does, stay in the file and are read when their
+  turn comes: the file must not be changed meanwhile.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -101,8 +112,8 @@ def npz(file: str, split: str) -> Arrays:
   try:
     with np.load(path, allow_pickle=False) as arrays:
       known = list(arrays)
-      found = {key: arrays[key] for key in NPZ_KEYS if key in known}
-  except (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile) as error:
+      found = {key: _member(path, arrays, key) for key in NPZ_KEYS if key in known}
+  except (ValueError, OSError, EOFError, TypeError, struct.error, zipfile.BadZipFile) as error:
     raise ValueError(f"{what} is not readable as npz: {error}") from None
   images = found.get("images", found.get("arr_0"))
   if images is None:
@@ -111,8 +122,34 @@ def npz(file: str, split: str) -> Arrays:
   num_classes = 0 if labels is None or not labels.size else int(labels.max()) + 1
   Arrays(f"npz:{file}", images, labels, num_classes)  # The whole file must fit, not just a slice.
   ids = _select(split, {"all": np.ones(len(images), bool)}, what)
-  labels = None if labels is None else labels[ids]
-  return Arrays(f"npz:{file}:{split}", images[ids], labels, num_classes)
+  # Rows that follow one another are a view; others are copied.
+  rows = slice(ids[0], ids[-1] + 1) if (np.diff(ids) == 1).all() else ids
+  labels = None if labels is None else labels[rows]
+  return Arrays(f"npz:{file}:{split}", images[rows], labels, num_classes)
+
+
+def _member(path: Path, arrays, key: str) -> np.ndarray:
+  """An array of an open npz file: mapped if that can be done, else read.
+
+  Raises:
+    ValueError: where the zip says that the array is, there is none, or one of another size.
+  """
+  member = next((m for m in arrays.zip.infolist() if m.filename == f"{key}.npy"), None)
+  if member is None or member.compress_type != zipfile.ZIP_STORED:
+    return arrays[key]
+  with path.open("rb") as f:
+    f.seek(member.header_offset + 26)  # Of the local header, 30 bytes and two texts of these sizes.
+    begin = member.header_offset + 30 + sum(struct.unpack("<HH", f.read(4)))
+    f.seek(begin)
+    if np.lib.format.read_magic(f) != (1, 0):  # Of names that are not ASCII, or thousands of them.
+      return arrays[key]
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
+    offset = f.tell()
+  if dtype.hasobject or not math.prod(shape):
+    return arrays[key]
+  if offset + math.prod(shape) * dtype.itemsize != begin + member.file_size:
+    raise ValueError(f"{key} is {dtype} {list(shape)}, but the file has another number of bytes")
+  return np.memmap(path, dtype, "r", offset, shape, order="F" if fortran else "C")
 
 
 def _select(split: str, members: Mapping[str, np.ndarray], what: str) -> np.ndarray:

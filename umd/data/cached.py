@@ -31,6 +31,9 @@ class Cached(Records):
   def parse(self, row):
     return {"image": tensorflow().gather(self._load()[0], row["place"]), "label": row["label"]}
 
+  def fingerprint(self):
+    return self._records.fingerprint()
+
   def describe(self, index):
     return self._records.describe(index)
 

@@ -167,6 +167,22 @@ def resize_small(size: int) -> Op:
   return _on_image("resize_small", scale)
 
 
+def expect_size(height: int, width: int, hint: str = "") -> Op:
+  """Lets images of this size pass; another is an error, which says both sizes and `hint`."""
+  size = _pair("(height, width)", (height, width))
+
+  def check(image, context):
+    del context
+    # In a graph sizes may be unknown. If TensorFlow then finds another, the pipeline applies the op
+    # once more, outside of graphs.
+    if any(x not in (None, y) for x, y in zip(image.shape[:2], size, strict=True)):
+      found = " x ".join(str(side) for side in image.shape[:2])
+      raise ValueError(f"the image is {found}, not {height} x {width}{hint}")
+    return tensorflow().ensure_shape(image, [height, width, image.shape[-1]])
+
+  return _on_image("expect_size", check)
+
+
 def flip_lr() -> Op:
   """Mirrors every other image, at random."""
   flip = lambda image, context: tensorflow().image.stateless_random_flip_left_right(
@@ -218,6 +234,7 @@ OPS: Mapping[str, Callable[..., Op]] = {
     central_crop,
     resize,
     resize_small,
+    expect_size,
     flip_lr,
     value_range,
     onehot,

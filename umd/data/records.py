@@ -60,6 +60,10 @@ class Records:
     """{image, label} of a row (tensors, in a graph)."""
     return {"image": row["image"], "label": row["label"]}
 
+  def fingerprint(self) -> str:
+    """Changes with the examples, as far as can be told without reading all of them."""
+    raise NotImplementedError
+
   def describe(self, index: int) -> str:
     """What to call one record in a message."""
     return f"record {index} of data {self.name!r}"

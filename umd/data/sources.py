@@ -19,14 +19,15 @@ class Source:
   Attributes:
     name: what the images are called in messages, e.g. "tfds:cifar10:train".
     records: the examples before preprocessing.
-    preprocess: what makes images of them.
+    pp: the ops, as a string, and
+    preprocess: what they do to the records.
     image_size: (H, W, C) of the preprocessed images.
     num_classes: number of labels; 0: there are none, and every label is 0.
     class_names: names of the labels, or an empty tuple.
   """
 
   def __init__(self, records: Records, pp: str = ""):
-    self.records, self.name = records, records.name
+    self.records, self.name, self.pp = records, records.name, pp
     self.preprocess = Preprocess(pp, records.dtype, records.shape, records.name)
     self.image_size = self.preprocess.image_size
     self.num_classes, self.class_names = records.num_classes, records.class_names

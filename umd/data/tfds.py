@@ -2,7 +2,9 @@
 
 import bisect
 import functools
+import hashlib
 import os
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -95,6 +97,11 @@ class TfdsRecords(Records):
     example = self._features.deserialize_example(row["record"], decoders=self._decoders)
     label = example[self._label] if self._label else 0
     return {"image": example[self._image], "label": tensorflow().cast(label, "int32")}
+
+  def fingerprint(self):
+    """Of the files' names, with the data set's name and version, and of what is taken of each."""
+    parts = [("/".join(PurePath(f.filename).parts[-4:]), f.skip, f.take) for f in self._files]
+    return hashlib.sha256(repr((parts, self._image, self._label)).encode()).hexdigest()
 
   def describe(self, index):
     file = self._files[bisect.bisect_right(self._ends, index)]
