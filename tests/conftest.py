@@ -17,7 +17,7 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import jaxtyping
 import pytest
 
-CHECKED = ["paths", "masking", "samplers", "objectives", "inference", "fid", "models"]
+CHECKED = ["paths", "masking", "samplers", "objectives", "inference", "fid", "pairwise", "models"]
 # As in PEP 484, an int will do where a float is asked for.
 TYPECHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 jaxtyping.install_import_hook([f"umd.{name}" for name in CHECKED], TYPECHECKER)
@@ -50,3 +50,11 @@ def nano():
     return model, random_params(model)
 
   return build
+
+
+@pytest.fixture
+def small_inception(monkeypatch):
+  """Puts random projections in Inception's place; see `stand_ins.small_inception`."""
+  import stand_ins
+
+  return stand_ins.small_inception(monkeypatch.setattr)

@@ -19,8 +19,8 @@ IDS = [str(file) for file in FILES]
 OURS = {"umd", "evaluators", "trainers", "configs", "train", "sample", "tools", "benchmarks"}
 PURE = {"umd.paths", "umd.masking"}
 TOOLBOX = {"umd.state", "umd.optim", "umd.sharding", "umd.checkpoint", "umd.metrics", "umd.fid"}
-TOOLBOX |= {"umd.workdir"}
-ALONE = {"umd.probe", "umd.distributed"}
+TOOLBOX |= {"umd.workdir", "umd.progress"}
+ALONE = {"umd.probe", "umd.distributed", "umd.quantize", "umd.torch_pickle", "umd.pairwise"}
 
 # Part of the house: which others it may import. A name stands for itself and all below it; the
 # first row that fits counts, and files in no row may import anything.
@@ -32,6 +32,8 @@ ALLOWED = {
   "umd.inference": PURE | {"umd.models", "umd.objectives", "umd.samplers"},
   "umd.data": {"umd.data"},
   "umd.transfer": {"umd.state"},
+  "umd.torch_checkpoint": {"umd.torch_pickle"},
+  "umd.weights": {"umd.progress"},
   **{name: set() for name in ALONE},
   **dict.fromkeys(TOOLBOX, TOOLBOX | {"umd.data"}),
   "umd": {"umd"},

@@ -3,10 +3,11 @@
 import collections
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA_AXIS = "data"
@@ -74,3 +75,44 @@ def prefetch(batches: Iterator, mesh: Mesh, size: int = 2) -> Iterator[dict[str,
   while queue:
     yield queue.popleft()
     queue.extend(put_batch(b, mesh) for b in itertools.islice(batches, 1))
+
+
+def run_ahead(fn: Callable, batches: Iterator, mesh: Mesh) -> Iterator:
+  """`fn(batch)` for every batch on the devices, which are given work ahead of the reader."""
+  pending = collections.deque()
+  for batch in prefetch(batches, mesh):
+    pending.append(fn(batch))
+    if len(pending) > 2:
+      yield pending.popleft()
+  yield from pending
+
+
+def local_rows(x: jax.Array) -> np.ndarray:
+  """This process's rows of an array split along its leading axis; all rows of a replicated one."""
+  if x.is_fully_replicated:
+    return np.asarray(x)
+  shards = sorted(x.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+  return np.concatenate([np.asarray(shard.data) for shard in shards])
+
+
+def each_process(arrays: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
+  """The arrays that every process holds, one process after the other, the same in all of them.
+
+  Shapes and types must agree. Bits are sent as they are: JAX would make float32 of float64.
+  """
+  arrays = [np.asarray(x, order="C") for x in arrays]
+  if jax.process_count() == 1:
+    yield arrays
+    return
+  words = [np.frombuffer(x.tobytes(), np.uint32) for x in arrays]
+  for process in range(jax.process_count()):
+    sent = multihost_utils.broadcast_one_to_all(words, is_source=process == jax.process_index())
+    yield [
+      np.frombuffer(np.asarray(w).tobytes(), x.dtype).reshape(x.shape)
+      for w, x in zip(sent, arrays, strict=True)
+    ]
+
+
+def all_agree(flag: bool) -> bool:
+  """Whether `flag` is true in every process; the same answer in all of them."""
+  return all(part[0] for (part,) in each_process([np.array([flag], np.float32)]))
