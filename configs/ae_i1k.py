@@ -11,27 +11,31 @@ from ml_collections import ConfigDict
 
 from configs import common, images
 
-ARGUMENTS = dict(
-  common.ARGUMENTS,
-  **images.ARGUMENTS,
-  batch_size=1024,
-  epochs=800.0,
-  steps=0,  # length of the run in steps; 0: epochs count
-  lr=1.5e-4,  # for 256 images: the peak is lr * batch_size / 256
-  wd=0.05,
-  beta2=0.95,
-  ema_decay=0.9999,  # at 256 images a step; 1 - ema_decay grows with the batch
-  use_labels=False,
-  label_drop_prob=0.1,
-  finetune=False,  # start from the pre-training in the same workdir
-  init_from="",  # start from another run's workdir instead
-  init_weights="ema",  # ema or raw: which of its weights
-  latent_diffusion=False,  # train on latents of an image encoder: size / 8 with 4 channels
-  use_preprocessed_latents=False,
-  cfg_scale=1.5,  # classifier-free guidance of the samples; 1 is none
-  sampling_steps=125,
-  num_samples=10_000,
-  save_ckpt=True,  # False: no checkpoint, so nothing to resume, fine-tune or evaluate
+ARGUMENTS = (
+  common.ARGUMENTS
+  | images.ARGUMENTS
+  | dict(
+    batch_size=1024,
+    epochs=800.0,
+    steps=0,  # length of the run in steps; 0: epochs count
+    lr=1.5e-4,  # for 256 images: the peak is lr * batch_size / 256
+    wd=0.05,
+    beta2=0.95,
+    ema_decay=0.9999,  # at 256 images a step; 1 - ema_decay grows with the batch
+    use_labels=False,
+    label_drop_prob=0.1,
+    finetune=False,  # start from the pre-training in the same workdir
+    init_from="",  # start from another run's workdir instead
+    init_weights="ema",  # ema or raw: which of its weights
+    latent_diffusion=False,  # train on latents of an image encoder: size / 8 with 4 channels
+    use_preprocessed_latents=False,
+    cfg_scale=1.5,  # classifier-free guidance of the samples; 1 is none
+    sampling_steps=125,
+    sample_fid=True,  # FID and its kin; False: a small classifier judges, no download
+    num_samples=10_000,  # every 25,000 steps
+    final_samples=50_000,  # once more after the last step, with all metrics; 0: no
+    save_ckpt=True,  # False: no checkpoint, so nothing to resume, fine-tune or evaluate
+  )
 )
 
 
@@ -53,6 +57,10 @@ def _evals(a) -> dict:
     evals["reconstruction"] = images.reconstruction(a, every=25_000)
   if a.use_labels:
     evals["generation"] = images.generation(a, num=a.num_samples, sampling=sampling, every=25_000)
+    if a.sample_fid and a.final_samples:
+      evals["final_generation"] = images.generation(
+        a, num=a.final_samples, sampling=sampling, every=0, metrics=images.FINAL_METRICS
+      )
   if not a.finetune:
     probe = dict(protocol=("umd",), shots=(10, 100), pixels=False)
     evals["fewshot"] = images.fewshot(a, every=10_000, **probe)

@@ -1,4 +1,4 @@
-"""CIFAR-10: the methods of the paper at 32 px, on a CPU in an hour or on one GPU in minutes.
+"""CIFAR-10: the methods of the paper at 32 px, small enough for a CPU.
 
   bash run.sh train --config configs/cifar10.py:method=umd --workdir runs/cifar10_umd
 

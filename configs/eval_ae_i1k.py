@@ -27,6 +27,10 @@ ARGUMENTS = dict(
   num_samples=50_000,
   sampling_timesteps=125,
   cfg_scale=1.5,  # classifier-free guidance; unless given, none where the run has no labels
+  sample_fid=True,  # FID and its kin; False: a small classifier judges, no download
+  fid_reference="",  # npz of statistics to measure against; else those of the training set
+  inception_weights="",  # file of Inception's weights; else in the cache, or downloaded there
+  quantize="round",  # how samples become 8-bit images: round, adm, dit or none
   sampler="ddim",  # ddim, ddpm or heun
   head="eps",  # eps or x0: what the sampler reads
   probe=True,  # few-shot probes on the transfer sets
@@ -111,7 +115,9 @@ def _stage(a) -> dict:
     sampling = common.sampling(
       steps=a.sampling_timesteps, cfg_scale=a.cfg_scale, sampler=a.sampler, head=a.head
     )
-    evals["generation"] = images.generation(a, num=a.num_samples, sampling=sampling, every=1)
+    evals["generation"] = images.generation(
+      a, num=a.num_samples, sampling=sampling, every=1, metrics=images.FINAL_METRICS
+    )
   if not evals:
     raise ValueError("sample=False and probe=False leave nothing to evaluate. Set one to True.")
   return dict(

@@ -26,6 +26,7 @@ ARGUMENTS = {
   "cfg_scale": 1.5,  # classifier-free guidance of the samples; 1 is none
   "sampling_steps": 125,
   "num_samples": 10_000,
+  "sample_fid": True,
 }
 
 

@@ -2,16 +2,27 @@
 
 from configs import common
 
-# train: for the auto-encoder; held_out: for its losses; labelled, test: for probes and references.
+# train: for the auto-encoder; held_out: for its losses; labelled, test: for probes and the
+# classifier that judges samples; reference: what Inception compares samples with.
 SPLITS = {
   "imagenet2012": dict(
-    train="train[:99%]", held_out="train[99%:]", labelled="train[:100000]", test="validation"
+    train="train[:99%]",
+    held_out="train[99%:]",
+    labelled="train[:100000]",
+    test="validation",
+    reference="train",
   ),
   "imagenet_resized/64x64": dict(
-    train="train[:99%]", held_out="train[99%:]", labelled="train[:100000]", test="validation"
+    train="train[:99%]",
+    held_out="train[99%:]",
+    labelled="train[:100000]",
+    test="validation",
+    reference="train",
   ),
-  "tiny_imagenet": dict(train="train", held_out="validation", labelled="train", test="validation"),
-  "cifar10": dict(train="train", held_out="test", labelled="train", test="test"),
+  "tiny_imagenet": dict(
+    train="train", held_out="validation", labelled="train", test="validation", reference="train"
+  ),
+  "cifar10": dict(train="train", held_out="test", labelled="train", test="test", reference="train"),
 }
 
 # Arguments that every config of an image data set takes.
@@ -23,17 +34,31 @@ ARGUMENTS = dict(
   cache=False,  # keep the encoded images in this host's memory
   size=64,  # side of the images in pixels
   area_min=80,  # smallest crop in training, percent of the image
+  sample_fid=False,  # measure samples with Inception (FID ...), not with a small classifier
+  fid_reference="",  # npz of statistics to measure against; else those of the training set
+  inception_weights="",  # file of Inception's weights; else in the cache, or downloaded there
+  quantize="round",  # how samples become 8-bit images: round, adm, dit or none
 )
 
+# Of samples under Inception, at the end.
+FINAL_METRICS = ("fid", "sfid", "is", "is_shuffled", "precision_recall", "kid")
+# Headlines: whichever of them a run has.
+GENERATION = (
+  "generation/fid_*",
+  "generation/is_*",
+  "generation/agreement",
+  "generation/classifier_accuracy",
+  "generation/frechet_classifier",
+  "generation/frechet_classifier_floor",
+  "generation/frechet_classifier_ceiling",
+)
 SUMMARY = (
   "fewshot/class_umd_10shot_mean",
   "fewshot/class_umd_100shot_mean",
   "reconstruction/masked_mse",
   "reconstruction/mean_image_mse",
-  "generation/agreement",
-  "generation/frechet_classifier",
-  "generation/frechet_classifier_floor",
-  "generation/frechet_classifier_ceiling",
+  *GENERATION,
+  *("final_generation/" + name for name in ("fid_*", "sfid_*", "is_*", "precision_*", "recall_*")),
 )
 
 
@@ -67,7 +92,8 @@ def splits(a) -> dict:
       f"dataset={a.dataset!r} is none of {list(SPLITS)}, whose splits are known: give train_split= "
       "and test_split= too."
     )
-  train = dict(train=a.train_split, labelled=a.train_split) if a.train_split else {}
+  own = a.train_split
+  train = dict(train=own, labelled=own, reference=own) if own else {}
   test = dict(held_out=a.test_split, test=a.test_split) if a.test_split else {}
   return {**known, **train, **test}
 
@@ -109,17 +135,26 @@ def reconstruction(a, *, every: int, num: int = 2048) -> dict:
   )
 
 
-def generation(a, *, num: int, sampling: dict, every: int) -> dict:
-  """Samples, and their distance to real images."""
-  train = test_data(a, "labelled")
-  if train["split"] == "train[:100000]":  # The judge holds its images in memory: 2.5 GB of them.
-    train["split"] = f"train[:{min(50_000, 50_000 * 64**2 // a.size**2)}]"
-  return dict(
+def generation(
+  a, *, num: int, sampling: dict, every: int, metrics: tuple[str, ...] = ("fid", "sfid", "is")
+) -> dict:
+  """Samples, measured by Inception or by a small classifier of the training images."""
+  settings = dict(
     type="generation",
-    train=train,
-    test=test_data(a, "test"),
     num=num,
     sampling=sampling,
     scale=max(1, 96 // a.size),
     every=every,
   )
+  if a.sample_fid:
+    return settings | dict(
+      features="inception",
+      reference=a.fid_reference or test_data(a, "reference"),
+      weights=a.inception_weights,
+      quantize=a.quantize,
+      metrics=metrics,
+    )
+  train = test_data(a, "labelled")
+  if train["split"] == "train[:100000]":  # The judge holds its images in memory: 2.5 GB of them.
+    train["split"] = f"train[:{min(50_000, 50_000 * 64**2 // a.size**2)}]"
+  return settings | dict(features="classifier", train=train, test=test_data(a, "test"))

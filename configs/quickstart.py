@@ -10,7 +10,7 @@ Single values are overridden by flags, e.g. `--config.pretrain.optim.lr=1e-3`.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, images
 
 ARGUMENTS = dict(
   common.ARGUMENTS,
@@ -98,21 +98,9 @@ def _finetune(a) -> dict:
     label_drop_prob=a.label_drop_prob,
     ema_decay=a.ema_decay,
     evals=dict(generation=generation),
-    summary=GENERATION,
+    summary=(*images.GENERATION, "generation/frechet_classifier_*", "generation/score_*"),
     init_from="stage:pretrain",
     init_fresh=("label_embed",),
     log_every=50,
     checkpoint_every=250,
   )
-
-
-GENERATION = (
-  "generation/agreement",
-  "generation/classifier_accuracy",
-  "generation/frechet_classifier",
-  "generation/frechet_classifier_floor",
-  "generation/frechet_classifier_ceiling",
-  "generation/frechet_classifier_position",
-  "generation/score_classifier",
-  "generation/score_classifier_test",
-)

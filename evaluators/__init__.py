@@ -1,7 +1,7 @@
 """Evaluators: each looks at a train state and yields (name, number or picture) pairs.
 
 An evaluator is a module here with a class `Evaluator(context, **settings)`; calling it with a
-`TrainState` yields `(name, float | Images)`.
+`TrainState` yields `(name, float | str | Images)`.
 """
 
 import dataclasses
@@ -17,19 +17,19 @@ __all__ = ["Context", "Scheduled", "from_config"]
 
 @dataclasses.dataclass(frozen=True)
 class Scheduled:
-  """An evaluator and when it runs: every `every` steps and after the last one."""
+  """An evaluator and when it runs: every `every` steps (0: never on the way) and after the last."""
 
   name: str
   every: int
   evaluator: Callable
 
   def due(self, step: int, steps: int) -> bool:
-    return step == steps or step % self.every == 0
+    return step == steps or (self.every > 0 and step % self.every == 0)
 
 
 def known() -> list[str]:
   """Names of the modules that hold an evaluator."""
-  not_evaluators = {"context", "classifier", "knn", "ridge"}
+  not_evaluators = {"context", "classifier", "judges", "knn", "ridge"}
   return sorted({m.name for m in pkgutil.iter_modules(__path__)} - not_evaluators)
 
 
@@ -63,8 +63,10 @@ def from_config(configs: Mapping[str, Mapping], context: Context) -> list[Schedu
     kind, every = settings.pop("type", None), settings.pop("every", None)
     if kind not in known():
       raise ValueError(f"evals.{name}.type={kind!r} is not one of {known()}.")
-    if not isinstance(every, int) or every < 1:
-      raise ValueError(f"evals.{name}.every={every!r} must be a number of steps, at least 1.")
+    if not isinstance(every, int) or isinstance(every, bool) or every < 0:
+      raise ValueError(
+        f"evals.{name}.every={every!r} must be a number of steps, or 0 for only after the last."
+      )
     make = importlib.import_module(f"evaluators.{kind}").Evaluator
     _check_settings(name, settings, make)
     try:

@@ -17,8 +17,9 @@ import optax
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
 
-from evaluators.context import Clock, say
+from evaluators.context import say
 from umd.data import Source
+from umd.progress import Clock
 
 FEATURES = 64
 EPOCHS, MAX_STEPS, BATCH, PEAK_LR, WEIGHT_DECAY = 30, 4000, 64, 3e-3, 1e-2

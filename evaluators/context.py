@@ -1,9 +1,7 @@
 """What every evaluator is given, and the one way in which evaluators run over a data set."""
 
-import collections
 import dataclasses
 import inspect
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -11,18 +9,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from umd import progress
 from umd.data import Source, eval_batches, load
 from umd.inference import Inference
 from umd.objectives import Stream
-from umd.sharding import prefetch, replicated
-
-PATIENCE = 5.0  # Seconds between two lines about a long evaluation.
+from umd.sharding import batch_sharding, local_rows, replicated, run_ahead
 
 
 def say(text: str) -> None:
   """Prints a line about a long evaluation, once for all processes."""
-  if jax.process_index() == 0:
-    print(f"[evaluation] {text}", flush=True)
+  progress.say(f"[evaluation] {text}")
 
 
 def open_data(key: str, spec: Mapping) -> Source:
@@ -64,11 +60,15 @@ def index_batches(
     yield {"index": index, "_mask": (index < num).astype(np.float32)}
 
 
+Listener = Callable[[dict[str, np.ndarray], np.ndarray], None]
+
+
 class Output(NamedTuple):
   """What a function that `Context.jit` compiled makes of a batch.
 
   Attributes:
-    rows: {name: [B, ...]}.
+    rows: {name: [B, ...]}, whole in every process.
+    own: the same, split over the devices: each process has the rows of its own.
     pictures: {name: [R, ...]}, of the R examples to be shown; those not `found` mean nothing.
     found: [R], whether the example is in this batch.
     index: [B], places in the source.
@@ -76,23 +76,11 @@ class Output(NamedTuple):
   """
 
   rows: dict
+  own: dict
   pictures: dict
   found: jax.Array
   index: jax.Array
   mask: jax.Array
-
-
-class Clock:
-  """Tells how far a loop has come, every PATIENCE seconds."""
-
-  def __init__(self, tell: Callable[[str], None], what: str, total: int):
-    self._tell, self._what, self._total = tell, what, total
-    self._last = time.monotonic()
-
-  def __call__(self, done: int) -> None:
-    if time.monotonic() - self._last >= PATIENCE:
-      self._last = time.monotonic()
-      self._tell(f"{self._what}: {done} of {self._total}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,12 +112,17 @@ class Context:
       raise ValueError(f"t={t} must be in [0, timesteps={timesteps}].")
 
   def jit(
-    self, fn: Callable, pictures: Collection[str] = (), shown: Sequence[int] = ()
+    self,
+    fn: Callable,
+    pictures: Collection[str] = (),
+    shown: Sequence[int] = (),
+    own: Collection[str] = (),
   ) -> Callable:
     """Compiles `fn(params, batch) -> {name: [B, ...]}` for `map`; every process gets the result.
 
-    Of the outputs named in `pictures` only the examples `shown` leave the devices. Parameters may
-    be split over the devices; `fn` sees them whole.
+    Of the outputs named in `pictures` only the examples `shown` leave the devices; of those named
+    in `own` each process gets the rows that its devices computed. Parameters may be split over the
+    devices; `fn` sees them whole.
     """
     shown, everywhere = np.asarray(shown, np.int32), replicated(self.mesh)
 
@@ -138,18 +131,11 @@ class Context:
       rows, index, mask = fn(params, batch, **kwargs), batch["index"], batch["_mask"]
       hits = (index[:, None] == shown) & (mask[:, None] > 0)
       few = {name: rows.pop(name)[hits.argmax(axis=0)] for name in pictures}
-      return Output(rows, few, hits.any(axis=0), index, mask)
+      split = {name: rows.pop(name) for name in own}
+      return Output(rows, {**split, "index": index, "_mask": mask}, few, hits.any(0), index, mask)
 
-    return jax.jit(whole, out_shardings=everywhere)
-
-  def outputs(self, fn: Callable, params, batches: Iterator) -> Iterator:
-    """`fn(params, batch)` for every batch; the devices are given work ahead of the reader."""
-    pending = collections.deque()
-    for batch in prefetch(batches, self.mesh):
-      pending.append(fn(params, batch))
-      if len(pending) > 2:
-        yield pending.popleft()
-    yield from pending
+    shardings = Output(*[everywhere] * len(Output._fields))
+    return jax.jit(whole, out_shardings=shardings._replace(own=batch_sharding(self.mesh)))
 
   def map(
     self,
@@ -169,24 +155,30 @@ class Context:
     batches = eval_batches(source, self.batch_size, **self.place())
     return self._collect(fn, params, batches, count(source, num), source.name, keep)
 
-  def map_positions(self, fn: Callable, params, num: int, what: str) -> dict[str, np.ndarray]:
-    """Like `map`, over positions 0..num - 1 without images; `what` names them in messages."""
+  def map_positions(
+    self, fn: Callable, params, num: int, what: str, listen: Listener | None = None
+  ) -> dict[str, np.ndarray]:
+    """Like `map`, over positions 0..num - 1 without images; `what` names them in messages.
+
+    `listen(rows, index)` is given the rows of `own`, batch by batch, and their positions.
+    """
     batches = index_batches(num, self.batch_size, **self.place())
-    return self._collect(fn, params, batches, num, what, None)
+    return self._collect(fn, params, batches, num, what, None, listen)
 
   def place(self) -> dict[str, int]:
     """This process among all, as `eval_batches` wants to know it."""
     return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
-  def _collect(self, fn, params, batches, n, what, keep) -> dict[str, np.ndarray]:
-    whole, seen, clock = {}, np.zeros(n, bool), Clock(self.progress, what, n)
+  def _collect(self, fn, params, batches, n, what, keep, listen=None) -> dict[str, np.ndarray]:
+    whole, seen = {}, np.zeros(n, bool)
+    clock = progress.Clock(self.progress, what, n)
 
     def fill(name, size, to, values, rows):
       if name not in whole:
         whole[name] = np.zeros((size, *values.shape[1:]), values.dtype)
       whole[name][to] = np.asarray(values)[rows]
 
-    for out in self.outputs(fn, params, batches):
+    for out in run_ahead(lambda batch: fn(params, batch), batches, self.mesh):
       index = np.asarray(out.index)
       rows = (np.asarray(out.mask) > 0) & (index < n)
       for name, values in out.rows.items():
@@ -196,6 +188,10 @@ class Context:
       if found.any():  # Pictures of other batches are never fetched.
         for name, values in out.pictures.items():
           fill(name, len(found), found, values, found)
+      if listen:
+        own = {name: local_rows(values) for name, values in out.own.items()}
+        real = (own["_mask"] > 0) & (own["index"] < n)
+        listen({name: values[real] for name, values in own.items()}, own["index"][real])
       seen[index[rows]] = True
       clock(int(seen.sum()))
       if seen.all():

@@ -10,7 +10,7 @@ from evaluators.context import Context, count, open_data
 from umd.data import eval_batches
 from umd.inference import example_keys
 from umd.metrics import Images, to_grid
-from umd.sharding import replicated
+from umd.sharding import replicated, run_ahead
 from umd.state import TrainState
 
 
@@ -63,14 +63,14 @@ class Evaluator:
     """The mean image [H, W, C], from one pass over the data when it is first needed."""
     context, n = self._context, count(self._source, self._num)
 
-    def add_up(params, batch):
+    def add_up(batch):
       inside = batch["_mask"] * (batch["index"] < n)
       return (batch["image"] * inside[:, None, None, None]).sum(axis=0), inside.sum()
 
-    add_up = jax.jit(add_up, out_shardings=replicated(context.mesh))
+    compiled = jax.jit(add_up, out_shardings=replicated(context.mesh))
     total, seen = 0.0, 0
     batches = eval_batches(self._source, context.batch_size, **context.place())
-    for images, number in context.outputs(add_up, {}, batches):
+    for images, number in run_ahead(compiled, batches, context.mesh):
       total, seen = total + np.asarray(images, np.float64), seen + int(number)
       if seen == n:
         break

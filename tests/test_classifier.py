@@ -10,8 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from evaluators import classifier, context
+from evaluators import classifier
 from evaluators.classifier import Classifier, load_or_train
+from umd import progress
 from umd.data import from_arrays, load
 
 TRAIN, TEST = load("digits", "train"), load("digits", "test")
@@ -135,10 +136,10 @@ def test_training_is_at_most_so_many_epochs_and_steps(monkeypatch, number, steps
 
 
 def test_training_that_takes_long_tells_how_far_it_is(quick, monkeypatch, tmp_path):
-  monkeypatch.setattr(context, "PATIENCE", 0.0)
+  monkeypatch.setattr(progress, "PATIENCE", 0.0)
   lines = []
   load_or_train(TEST, str(tmp_path), progress=lines.append)
-  assert lines[-1].endswith(f"{len(TEST) // 64} of {len(TEST) // 64}")
+  assert lines[-1].endswith(f"{len(TEST) // 64} of {len(TEST) // 64}, 0:00 left")
   assert "digits:test" in lines[0]
 
 

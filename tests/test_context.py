@@ -93,18 +93,3 @@ def test_positions_come_in_order_whatever_the_number_of_processes(num):
     for pair in zip(*parts, strict=True)
   ]
   np.testing.assert_array_equal(np.concatenate(whole), np.arange(num))
-
-
-def test_a_long_evaluation_tells_how_far_it_is(monkeypatch):
-  now, lines = iter(np.arange(100.0)), []
-  monkeypatch.setattr(contexts.time, "monotonic", lambda: next(now))
-  clock = contexts.Clock(lines.append, "numbers", 50)
-  for done in range(1, 9):
-    clock(done)
-  assert lines and all("numbers" in line and "of 50" in line for line in lines)
-  assert len(lines) < 4
-  monkeypatch.setattr(contexts.time, "monotonic", lambda: 0.0)
-  clock = contexts.Clock(lines.clear, "numbers", 50)
-  for done in range(50):
-    clock(done)
-  assert lines

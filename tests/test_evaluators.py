@@ -233,7 +233,7 @@ RIGHT = {"type": "losses", "every": 5, **DIGITS}
     ({"type": None}, ["None", "losses"]),
     ({"type": "context"}, ["'context'", "losses"]),
     ({"every": None}, ["every", "None"]),
-    ({"every": 0}, ["every", "0"]),
+    ({"every": -1}, ["every", "-1"]),
     ({"every": 2.5}, ["every", "2.5"]),
     ({"bins": 21}, ["bins=21", "20"]),
     ({"bins": 0}, ["bins=0"]),

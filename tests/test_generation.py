@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import evaluators
 from evaluators import classifier, generation
 from evaluators import context as contexts
 from evaluators.classifier import load_or_train
 from evaluators.context import Context
-from umd import fid
+from umd import extraction, fid, pairwise, statistics
 from umd.data import eval_batches, from_arrays, load
 from umd.sharding import make_mesh
 
@@ -117,6 +118,8 @@ def test_the_batch_size_changes_nothing(cache):
   for name, value in few.items():
     if name == "images":
       np.testing.assert_array_equal(value.pixels, many[name].pixels)
+    elif isinstance(value, str):
+      assert value == many[name]
     else:
       assert value == pytest.approx(many[name], rel=1e-4)
 
@@ -193,3 +196,144 @@ def test_data_that_does_not_fit_is_an_error_that_says_what_is_what(
   monkeypatch.setattr(contexts, "load", fake)
   with pytest.raises(ValueError, match=told):
     make(Artist(), cache, **{k: {"name": v, "split": "all"} for k, v in settings.items()})
+
+
+# Under Inception, whose place random projections take.
+
+REAL = {"name": "digits", "split": "test[:60]"}
+
+
+def judged(inference, cache, num=30, batch_size=32, devices=4, **settings):
+  mesh = make_mesh(jax.devices()[:devices])
+  context = Context(inference, (), mesh, batch_size, 0, str(cache), progress=lambda line: None)
+  settings = {"features": "inception", "reference": REAL, "sampling": {}, **settings}
+  return generation.Evaluator(context, num=num, **settings)
+
+
+def drawn(num):
+  """The samples of the artist, as levels."""
+  labels = np.arange(num) % 10
+  keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.arange(num))
+  return as_levels(Artist().sample({}, keys, labels))
+
+
+def described(levels, features):
+  rows = features(levels)
+  return [fid.moments(rows[part]) for part in ("pool", "spatial")], rows
+
+
+def test_inceptions_metrics_are_those_of_the_samples_and_the_reference(small_inception, tmp_path):
+  metrics = ("fid", "sfid", "is", "precision_recall", "kid")
+  found = dict(judged(Artist(), tmp_path, metrics=metrics)(STATE))
+  (pool, spatial), rows = described(drawn(30), small_inception)
+  (real_pool, real_spatial), real = described(as_levels(IMAGES[:60]), small_inception)
+  assert found["fid_30"] == pytest.approx(fid.frechet_distance(*pool, *real_pool), rel=1e-4)
+  sfid = fid.frechet_distance(*spatial, *real_spatial)
+  assert found["sfid_30"] == pytest.approx(sfid, rel=1e-4)
+  probs = np.asarray(jax.nn.softmax(rows["logits"]), np.float64)
+  assert found["is_30"] == pytest.approx(fid.inception_score(probs), rel=1e-5)
+  expected = pairwise.precision_recall(real["pool"], rows["pool"])
+  assert (found["precision_30"], found["recall_30"]) == pytest.approx(expected)
+  kid = pairwise.kernel_distance(rows["pool"], real["pool"], subset_size=30)
+  assert (found["kid_30"], found["kid_std_30"]) == pytest.approx(kid, rel=1e-3)
+  assert (found["reference"], found["quantize"]) == ("digits:test[:60]", "round")
+  assert (found["sampler"], found["cfg_scale"]) == ("ddim, 125 steps", 1.0)
+
+
+@pytest.mark.parametrize("devices, batch_size", [(1, 7), (4, 64)])
+def test_samples_and_metrics_are_the_same_on_any_number_of_devices(
+  small_inception, tmp_path, devices, batch_size
+):
+  one = dict(judged(Artist(), tmp_path)(STATE))
+  other = dict(judged(Artist(), tmp_path, devices=devices, batch_size=batch_size)(STATE))
+  np.testing.assert_array_equal(one["images"].pixels, other["images"].pixels)
+  for name in ("fid_30", "sfid_30", "is_30"):
+    assert other[name] == pytest.approx(one[name], rel=1e-4)
+
+
+def test_samples_are_drawn_once_for_both_judges_and_the_pictures(small_inception, cache):
+  """Traced twice: once on shapes at start, once to be compiled; the second time nothing is new."""
+
+  class Counting(Artist):
+    calls = 0
+
+    def sample(self, *args, **kwargs):
+      Counting.calls += 1
+      return super().sample(*args, **kwargs)
+
+  evaluator = judged(Counting(), cache, features="classifier+inception", **SPECS)
+  found = dict(evaluator(STATE))
+  assert {"agreement", "fid_30", "images"} <= found.keys()
+  assert found["agreement"] == evaluate(cache)["agreement"]
+  dict(evaluator(STATE))
+  assert Counting.calls == 2
+
+
+def test_the_reference_is_described_once_and_kept(small_inception, tmp_path, monkeypatch):
+  first = dict(judged(Artist(), tmp_path)(STATE))
+  assert [p.suffix for p in tmp_path.iterdir()] == [".npz"]
+  monkeypatch.setattr(extraction, "describe", lambda *args, **kwargs: pytest.fail("again"))
+  again = dict(judged(Artist(), tmp_path)(STATE))
+  assert again["fid_30"] == first["fid_30"]
+  assert again["reference"] == "digits:test[:60]"
+
+
+def test_a_reference_may_be_a_file(small_inception, tmp_path):
+  (pool, spatial), _ = described(as_levels(IMAGES[:60]), small_inception)
+  path, both = str(tmp_path / "real.npz"), [statistics.Gaussian(*g) for g in (pool, spatial)]
+  statistics.write(path, statistics.Statistics("x", 60, *both, inception="5eed"))
+  found = dict(judged(Artist(), tmp_path, reference=path)(STATE))
+  assert found["fid_30"] == pytest.approx(dict(judged(Artist(), tmp_path)(STATE))["fid_30"], 1e-4)
+  assert found["reference"] == "real"
+  with pytest.raises(ValueError, match=r"'real' cannot serve \['precision_recall'\]"):
+    judged(Artist(), tmp_path, reference=path, metrics=("fid", "precision_recall"))
+
+
+def test_few_samples_are_told_of(small_inception, tmp_path):
+  lines = []
+  context = Context(Artist(), (), make_mesh(), 16, 0, str(tmp_path), progress=lines.append)
+  settings = dict(features="inception", reference=REAL, sampling={})
+  generation.Evaluator(context, num=2040, **settings)
+  assert "num=2040" in lines[0] and "2048" in lines[0]
+  lines.clear()
+  generation.Evaluator(context, num=2050, **settings)
+  assert not lines
+
+
+@pytest.mark.parametrize(
+  "settings, told",
+  [
+    ({"features": "vgg"}, r"features='vgg'.*classifier.*inception"),
+    ({"features": "classifier"}, r"needs the data train= and test="),
+    ({"reference": None}, r"needs reference="),
+    ({"reference": "gone.npz"}, r"gone\.npz.*no such file"),
+    ({"quantize": "floor"}, r"quantize='floor'.*round"),
+    ({"metrics": ("fid", "fld")}, r"\['fld'\]"),
+    (
+      {"reference": {"name": "cats", "split": "all"}},
+      r"reference: images of cats are \(16, 16, 1\)",
+    ),
+  ],
+)
+def test_settings_of_inception_that_cannot_work_are_errors(
+  small_inception, monkeypatch, tmp_path, settings, told
+):
+  cats = from_arrays("cats", np.zeros((9, 16, 16, 1)), None, 0)
+  fake = lambda name, split, pp="": cats if name == "cats" else load(name, split)
+  monkeypatch.setattr(contexts, "load", fake)
+  with pytest.raises((ValueError, FileNotFoundError), match=told):
+    judged(Artist(), tmp_path, **settings)
+
+
+def test_missing_weights_are_an_error_at_start(monkeypatch, tmp_path):
+  """Before anything is trained: when evaluators are built."""
+
+  def unreachable(*args, **kwargs):
+    raise FileNotFoundError("https://weights is out of reach")
+
+  monkeypatch.setattr(extraction, "find_network", unreachable)
+  context = Context(Artist(), (), make_mesh(), 16, 0, str(tmp_path))
+  settings = dict(features="inception", reference=REAL, sampling={}, num=30)
+  configs = {"samples": dict(type="generation", every=1, **settings)}
+  with pytest.raises(FileNotFoundError, match=r"evals\.samples: https://weights is out"):
+    evaluators.from_config(configs, context)

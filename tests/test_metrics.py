@@ -22,7 +22,7 @@ def lines(workdir):
 def write_steps(workdir, start, steps):
   sink = JsonLines(workdir, start)
   for step in steps:
-    sink.scalars(step, {"loss": 1 / 3 + step})
+    sink.values(step, {"loss": 1 / 3 + step})
   sink.close()
 
 
@@ -46,7 +46,7 @@ def test_a_resumed_run_drops_later_records_and_a_torn_line_and_keeps_the_rest(tm
 
 def test_records_are_on_disk_before_the_file_is_closed_and_hold_values_exactly(tmp_path):
   sink, values = JsonLines(str(tmp_path), 0), {"a/b": 0.1 + 0.2, "tiny": 1e-300}
-  sink.scalars(7, values)
+  sink.values(7, values)
   sink.flush()
   assert metrics.read_jsonl(str(tmp_path / "metrics.jsonl")) == [{"step": 7, **values}]
   sink.close()
@@ -71,9 +71,9 @@ def test_numbers_go_to_scalars_and_pictures_to_image_in_every_sink():
   writer.flush()
   writer.close()
   expected = [
-    ("scalars", 3, {"a": 0.5, "b": 2.0}),
+    ("values", 3, {"a": 0.5, "b": 2.0}),
     ("image", 3, "picture", picture.pixels),
-    ("scalars", 4, {"a": 1.5}),
+    ("values", 4, {"a": 1.5}),
     ("image", 5, "picture", picture.pixels),
     ("flush",),
     ("close",),
@@ -213,7 +213,7 @@ def test_wandb_offline_writes_under_the_workdir_and_a_second_start_has_the_same_
     with warnings.catch_warnings():
       warnings.simplefilter("error", UserWarning)  # "wandb: ..." would be one
       sink = Wandb(str(tmp_path), {"lr": 0.1}, None, mode="offline", project="tests")
-      sink.scalars(step, {"a": 1.0})
+      sink.values(step, {"a": 1.0})
       import wandb
 
       ids.append(wandb.run.id)
@@ -234,22 +234,6 @@ def test_progress_leaves_out_the_first_stretch_and_pauses(monkeypatch):
   progress.resume(25)
   now[0] = 1090.0  # 10 steps in 30 s; 20 in 40 s in all
   assert progress.tick(35) == pytest.approx({"images_per_second": 8 / 3, "eta_seconds": 130})
-
-
-@pytest.mark.parametrize(
-  "seconds, text",
-  [
-    (0, "0:00"),
-    (9.4, "0:09"),
-    (59.6, "1:00"),
-    (95, "1:35"),
-    (3599.7, "1:00:00"),
-    (3700, "1:01:40"),
-    (360000, "100:00:00"),
-  ],
-)
-def test_seconds_are_shown_as_a_clock_does(seconds, text):
-  assert metrics.format_seconds(seconds) == text
 
 
 @pytest.fixture
@@ -279,16 +263,16 @@ def test_records_at_an_address_appear_at_flush_or_within_a_minute_and_resume(mon
   sink = JsonLines(remote, 0)
   for step, time_, seen in [(1, 1, []), (2, 59, []), (3, 60, [1, 2, 3]), (4, 119, [1, 2, 3])]:
     now[0] = time_
-    sink.scalars(step, {"loss": 0.5})
+    sink.values(step, {"loss": 0.5})
     assert steps() == seen
   sink.flush()
   assert steps() == [1, 2, 3, 4]
-  sink.scalars(5, {"loss": 0.5})
+  sink.values(5, {"loss": 0.5})
   sink.close()
   assert steps() == [1, 2, 3, 4, 5]
   again = JsonLines(remote, 3)
   assert [r["step"] for r in again.earlier] == steps() == [1, 2, 3]
-  again.scalars(4, {"loss": 0.25})
+  again.values(4, {"loss": 0.25})
   again.close()
   assert metrics.read_jsonl(path)[3:] == [{"step": 4, "loss": 0.25}]
 

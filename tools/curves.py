@@ -29,7 +29,8 @@ def draw(runs: list[str], metrics: list[str], out: str, log: bool) -> None:
 
   known = {}
   for run in runs:
-    known[run] = sorted({k for r in read_jsonl(f"{run}/metrics.jsonl") for k in r} - {"step"})
+    records = read_jsonl(f"{run}/metrics.jsonl")
+    known[run] = sorted({k for r in records for k in r if not isinstance(r[k], str)} - {"step"})
     if not known[run]:
       raise ValueError(f"{run!r} has no metrics.jsonl with metrics. Give folders of trained runs.")
   figure, axes = plt.subplots(1, len(metrics), figsize=(4.5 * len(metrics), 3.4), squeeze=False)

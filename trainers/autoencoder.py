@@ -170,8 +170,7 @@ def run(
         values = {f"{s.name}/{k}": v for k, v in s.evaluator(state)}
         writer.write(step, values)
         seconds = time.perf_counter() - began
-        shown = [k for k in config.summary if k in values]
-        numbers = "  ".join(f"{k.removeprefix(s.name + '/')} {values[k]:.4g}" for k in shown)
+        numbers = logs.shown(config.summary, values, f"{s.name}/")
         say(f"step {step}  {s.name} ({seconds:.0f} s)  {numbers}")
 
   # The loop: no value leaves the device but at logs, evaluations and checkpoints.
@@ -206,13 +205,7 @@ def run(
       if evaluating:
         progress.resume(step)
 
-  summary = {
-    "name": name,
-    "step": step,
-    "seconds": time.time() - started,
-    "headline": list(config.summary),
-    "metrics": writer.latest,
-  }
+  summary = logs.summarise(name, step, started, config.summary, writer)
   if jax.process_index() == 0:
     folder.finish(workdir, summary)
   return summary

@@ -93,14 +93,8 @@ def run(
       say(f"{s.name} ({time.perf_counter() - began:.0f} s)")
       for k, v in values.items():
         if not isinstance(v, metrics.Images):
-          say(f"  {k} {v:.4g}")
-  summary = {
-    "name": name,
-    "step": step,
-    "seconds": time.time() - started,
-    "headline": sorted(writer.latest),
-    "metrics": writer.latest,
-  }
+          say(f"  {k} {v}" if isinstance(v, str) else f"  {k} {v:.4g}")
+  summary = logs.summarise(name, step, started, sorted(writer.latest), writer)
   if is_main:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record = dict(time=now, run=trained.folder, weights=config.init_weights, **summary)

@@ -189,7 +189,7 @@ def run(
       for lr, accuracy in zip(config.lrs, found["select"][t]["top1"], strict=True):
         values[f"select/{t}/lr{lr:g}"] = accuracy
     writer.write(step, values)
-    say(f"step {step}  " + "  ".join(f"{k} {values[k]:.4g}" for k in config.summary if k in values))
+    say(f"step {step}  {logs.shown(config.summary, values)}")
 
   place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
   batches = data.train_batches(train, config.batch_size, seed=config.seed, start_step=step, **place)
@@ -213,13 +213,7 @@ def run(
         checkpoints.save(states, step, {"position": step * config.batch_size})
       if evaluating:
         progress.resume(step)
-  summary = {
-    "name": name,
-    "step": step,
-    "seconds": time.time() - started,
-    "headline": list(config.summary),
-    "metrics": writer.latest,
-  }
+  summary = logs.summarise(name, step, started, config.summary, writer)
   if jax.process_index() == 0:
     folder.finish(workdir, summary)
   return summary

@@ -1,12 +1,16 @@
 """What trainers write: the sinks of a run, and step metrics that wait on the device."""
 
+import fnmatch
 import os
+import time
+from collections.abc import Collection, Sequence
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from umd import metrics
+from umd.progress import format_seconds
 
 
 def make_writer(config: ConfigDict, workdir: str, step: int, wandb_key: str | None):
@@ -26,6 +30,28 @@ def printer(name: str):
   """`say(text)`: prints a line of the stage `name`, on process 0 only."""
   is_main = jax.process_index() == 0
   return lambda text: print(f"[{name}] {text}", flush=True) if is_main else None
+
+
+def headline(patterns: Sequence[str], names: Collection[str]) -> list[str]:
+  """The names that patterns such as "generation/fid_*" choose, in the order of the patterns."""
+  return list(dict.fromkeys(n for p in patterns for n in fnmatch.filter(names, p)))
+
+
+def shown(patterns: Sequence[str], values: dict, prefix: str = "") -> str:
+  """The numbers of `values` that the patterns choose, as text; their names without the prefix."""
+  chosen = headline(patterns, values)
+  return "  ".join(f"{k.removeprefix(prefix)} {values[k]:.4g}" for k in chosen)
+
+
+def summarise(name: str, step: int, started: float, patterns: Sequence[str], writer) -> dict:
+  """What is left of a run that ended at `step`: its newest numbers, and which of them to show."""
+  return {
+    "name": name,
+    "step": step,
+    "seconds": time.time() - started,
+    "headline": headline(patterns, writer.latest),
+    "metrics": writer.latest,
+  }
 
 
 class StepMetrics:
@@ -64,5 +90,5 @@ def log(step: int, steps: int, pending: StepMetrics, progress, writer, say) -> N
   writer.write(step, {**values, "images_per_second": pace["images_per_second"]})
   say(
     f"step {step}/{steps}  loss {values['loss']:.4f}  "
-    f"{pace['images_per_second']:.0f} images/s  ETA {metrics.format_seconds(pace['eta_seconds'])}"
+    f"{pace['images_per_second']:.0f} images/s  ETA {format_seconds(pace['eta_seconds'])}"
   )

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from umd import workdir as folder
+from umd.data.host import tensorflow
 
 REWRITE_SECONDS = 60.0  # Object stores cannot append: metrics.jsonl is rewritten so often there.
 
@@ -72,7 +73,7 @@ class JsonLines:
     folder.write_bytes(self._path, "".join(self._lines).encode())
     self._written, self._time = len(self._lines), time.monotonic()
 
-  def scalars(self, step: int, values: dict[str, float]) -> None:
+  def values(self, step: int, values: dict[str, float | str]) -> None:
     line = json.dumps({"step": step, **values}) + "\n"
     if self._file:
       self._file.write(line)
@@ -104,12 +105,11 @@ class PngFolder:
   def __init__(self, workdir: str):
     self._folder = os.path.join(workdir, "images")
 
-  def scalars(self, step: int, values: dict[str, float]) -> None:
+  def values(self, step: int, values: dict[str, float | str]) -> None:
     pass
 
   def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-    import tensorflow as tf
-
+    tf = tensorflow()
     path = os.path.join(self._folder, f"{name}_{step:08d}.png")
     folder.write_bytes(path, tf.io.encode_png(pixels).numpy())
 
@@ -129,8 +129,12 @@ class TensorBoard:
     logdir = os.path.join(workdir, "tensorboard")
     self._writer = metric_writers.AsyncMultiWriter([metric_writers.SummaryWriter(logdir)])
 
-  def scalars(self, step: int, values: dict[str, float]) -> None:
-    self._writer.write_scalars(step, values)
+  def values(self, step: int, values: dict[str, float | str]) -> None:
+    texts = {k: v for k, v in values.items() if isinstance(v, str)}
+    if numbers := {k: v for k, v in values.items() if k not in texts}:
+      self._writer.write_scalars(step, numbers)
+    if texts:
+      self._writer.write_texts(step, texts)
 
   def image(self, step: int, name: str, pixels: np.ndarray) -> None:
     self._writer.write_images(step, {name: pixels[None]})
@@ -181,7 +185,7 @@ class Wandb:
       warnings.warn(f"wandb: {error}. The run goes on; metrics.jsonl has everything.", stacklevel=2)
       return None
 
-  def scalars(self, step: int, values: dict[str, float]) -> None:
+  def values(self, step: int, values: dict[str, float | str]) -> None:
     if self._run:
       self._attempt(self._run.log, values, step=step)
 
@@ -198,19 +202,28 @@ class Wandb:
 
 
 class Writer:
-  """Sends every value to every sink by its type: floats as scalars, `Images` as pictures."""
+  """Sends every value to every sink by its type: numbers and words as values, `Images` as pictures.
+
+  `latest` holds the newest value of every number.
+  """
 
   def __init__(self, sinks: list, earlier: Sequence[dict] = ()):
     """Writes to `sinks`; `earlier` are the records of the run before this start."""
     self._sinks = sinks
-    self.latest = {k: v for record in earlier for k, v in record.items() if k != "step"}
+    self.latest = {}
+    for record in earlier:
+      self._remember({k: v for k, v in record.items() if k != "step"})
 
-  def write(self, step: int, values: dict[str, float | Images]) -> None:
-    scalars = {k: float(v) for k, v in values.items() if not isinstance(v, Images)}
-    self.latest.update(scalars)
+  def _remember(self, values: dict[str, float | str]) -> None:
+    self.latest.update({k: v for k, v in values.items() if not isinstance(v, str)})
+
+  def write(self, step: int, values: dict[str, float | str | Images]) -> None:
+    plain = {k: v for k, v in values.items() if not isinstance(v, Images)}
+    plain = {k: v if isinstance(v, str) else float(v) for k, v in plain.items()}
+    self._remember(plain)
     for sink in self._sinks:
-      if scalars:
-        sink.scalars(step, scalars)
+      if plain:
+        sink.values(step, plain)
       for name, value in values.items():
         if isinstance(value, Images):
           sink.image(step, name, value.pixels)
@@ -249,10 +262,3 @@ class Progress:
     self._compiled = True
     eta = total / max(count, 1) * (self._steps - step)
     return {"images_per_second": done * self._batch_size / max(seconds, 1e-9), "eta_seconds": eta}
-
-
-def format_seconds(seconds: float) -> str:
-  """95 -> "1:35"; 3700 -> "1:01:40"."""
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -16,6 +16,8 @@ import time
 import jax
 import numpy as np
 
+from umd.data.host import tensorflow
+
 PACKAGES = (
   *("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"),
   *("tensorflow", "tensorflow-cpu", "tensorflow-datasets", "clu", "ml_collections"),
@@ -40,8 +42,7 @@ def exists(path: str) -> bool:
   """Whether there is such a file or folder."""
   if not scheme(path):
     return os.path.exists(path)
-  import tensorflow as tf
-
+  tf = tensorflow()
   return tf.io.gfile.exists(path) or tf.io.gfile.isdir(path)
 
 
@@ -53,8 +54,7 @@ def read_bytes(path: str) -> bytes | None:
         return f.read()
     except FileNotFoundError:
       return None
-  import tensorflow as tf
-
+  tf = tensorflow()
   try:
     with tf.io.gfile.GFile(path, "rb") as f:
       return f.read()
@@ -70,8 +70,7 @@ def write_bytes(path: str, contents: bytes) -> None:
       f.write(contents)
     os.replace(path + ".tmp", path)
     return
-  import tensorflow as tf
-
+  tf = tensorflow()
   with tf.io.gfile.GFile(path, "wb") as f:  # Object stores show an object once it is complete.
     f.write(contents)
 
@@ -81,8 +80,7 @@ def remove(path: str) -> None:
   if not scheme(path):
     os.remove(path)
     return
-  import tensorflow as tf
-
+  tf = tensorflow()
   tf.io.gfile.remove(path)
 
 
@@ -111,8 +109,7 @@ def _why_not_writable(workdir: str) -> str:
   if scheme(workdir) not in SCHEMES:
     known = ", ".join(f"{s}://..." for s in SCHEMES)
     return f"it must be a folder of this machine or {known}."
-  import tensorflow as tf
-
+  tf = tensorflow()
   probe = os.path.join(workdir, f".writable_{secrets.token_hex(4)}")
   try:
     write_bytes(probe, b"")
