@@ -20,6 +20,7 @@ from umd import extraction, fid, quantize, statistics
 from umd.data import Source
 from umd.inference import example_keys, example_normal
 from umd.sharding import all_agree
+from umd.weights import INCEPTION
 
 KEPT = 10_000  # Reference images whose features are kept, as many as in ADM's files.
 
@@ -145,7 +146,7 @@ class Inception:
     if not reference:
       raise ValueError("features='inception' needs reference=, a file of statistics or data.")
     quantize.check(rounding)
-    statistics.check(metrics)
+    statistics.check(metrics, num)
     channels = context.inference.model.image_size[2]
     if channels not in (1, 3):
       raise ValueError(f"features='inception': images have {channels} channels, not 1 or 3.")
@@ -154,6 +155,7 @@ class Inception:
     if isinstance(reference, str):
       self._file, self._source = statistics.read(reference), None
       statistics.check_serves(self._file, metrics)
+      statistics.check_weights(self._file, INCEPTION.sha256)
     else:
       self._file, self._source = None, open_data("reference", reference)
       check_images("reference", self._source, context.inference.model.image_size)
@@ -203,8 +205,8 @@ class Inception:
     if all_agree(os.path.exists(path)):
       return dataclasses.replace(statistics.read(path), name=source.name)
     context.progress(
-      f"statistics of {source.name} under Inception are computed once and kept in {path}. "
-      "tools.fid_reference does it beforehand."
+      f"statistics of {source.name} under Inception are computed once and kept in {path}. To have "
+      "them beforehand, make a file with tools.fid_reference and name it as the reference."
     )
     settings = dict(keep=KEPT, tell=context.progress)
     found = extraction.describe(source, network, context.mesh, context.batch_size, **settings)

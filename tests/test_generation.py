@@ -282,6 +282,9 @@ def test_a_reference_may_be_a_file(small_inception, tmp_path):
   (pool, spatial), _ = described(as_levels(IMAGES[:60]), small_inception)
   path, both = str(tmp_path / "real.npz"), [statistics.Gaussian(*g) for g in (pool, spatial)]
   statistics.write(path, statistics.Statistics("x", 60, *both, inception="5eed"))
+  with pytest.raises(ValueError, match="'real' was made with other Inception weights"):
+    judged(Artist(), tmp_path, reference=path)
+  statistics.write(path, statistics.Statistics("x", 60, *both))
   found = dict(judged(Artist(), tmp_path, reference=path)(STATE))
   assert found["fid_30"] == pytest.approx(dict(judged(Artist(), tmp_path)(STATE))["fid_30"], 1e-4)
   assert found["reference"] == "real"
@@ -323,6 +326,11 @@ def test_settings_of_inception_that_cannot_work_are_errors(
   monkeypatch.setattr(contexts, "load", fake)
   with pytest.raises((ValueError, FileNotFoundError), match=told):
     judged(Artist(), tmp_path, **settings)
+
+
+def test_a_metric_that_takes_more_samples_is_an_error(small_inception, tmp_path):
+  with pytest.raises(ValueError, match=r"num=8\b.*is_shuffled"):
+    judged(Artist(num_classes=0), tmp_path, num=8, metrics=("is_shuffled",))
 
 
 def test_missing_weights_are_an_error_at_start(monkeypatch, tmp_path):

@@ -164,9 +164,18 @@ def test_statistics_of_other_weights_are_not_compared():
   assert statistics.compare(SAMPLES, unknown, ["fid"])
 
 
-def test_too_few_samples_for_ten_splits_and_unknown_metrics_are_errors():
-  with pytest.raises(ValueError, match="samples: torch-fidelity's splitting needs at least 10"):
-    statistics.compare(scored(9)[0], REFERENCE, ["is_shuffled"])
+@pytest.mark.parametrize(
+  "metric, least", [("is_shuffled", 10), ("precision_recall", 4), ("fid", 2)]
+)
+def test_too_few_samples_for_a_metric_are_an_error(metric, least):
+  statistics.check([metric], least)
+  with pytest.raises(ValueError, match=rf"num={least - 1}: metric '{metric}' takes .* {least} "):
+    statistics.check([metric], least - 1)
+  with pytest.raises(ValueError, match=f"metric '{metric}'"):
+    statistics.compare(scored(least - 1)[0], REFERENCE, [metric])
+
+
+def test_unknown_metrics_are_an_error_that_lists_the_known():
   with pytest.raises(ValueError, match=r"\['fld'\].*fid.*kid"):
     statistics.check(["fld", "fid"])
 

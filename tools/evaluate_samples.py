@@ -29,7 +29,7 @@ from tools.fid_reference import (
   images_in,
   statistics_file,
 )
-from umd import distributed, extraction, fid, statistics, workdir
+from umd import distributed, extraction, statistics, workdir
 from umd.data import Source
 from umd.data.image_sets import open_images
 from umd.progress import say
@@ -41,7 +41,6 @@ PAPERS = 50_000  # Samples that papers evaluate.
 SUBSET = 1000  # Images in a subset of KID.
 SCORES = ("is", "is_shuffled")  # Metrics that look at the samples alone, one by one.
 # Images that a metric takes: 3 neighbours of one more, or one for each split.
-LEAST = {"precision_recall": 4, "is_shuffled": fid.LEAST["torch-fidelity"]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +85,8 @@ class Side:
       return ""
     if (metric in SCORES or "features" in needs) and not number:
       return f"{self.path} has no images"
-    if metric in LEAST and number < LEAST[metric]:
-      return f"it takes {LEAST[metric]} images, and {self.path} has {number}"
+    if 0 < number < (least := METRICS[metric].least):
+      return f"it takes {least} images, and {self.path} has {number}"
     return ""
 
   def describe(self) -> str:

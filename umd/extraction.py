@@ -4,6 +4,7 @@ Each process takes the rows that its own devices computed; what they add up to i
 end, so no features travel on the way.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
@@ -46,6 +47,7 @@ def find_network(path: str = "", tell: progress.Tell = progress.say) -> str:
   return weights.find(weights.INCEPTION, path, progress=tell)
 
 
+@functools.cache  # Several evaluators share one.
 def load_network(file: str, mesh: Mesh) -> Network:
   """Reads the weights in `file` (see `find_network`) and places them on the devices."""
   with open(file, "rb") as f:

@@ -11,7 +11,7 @@ import dataclasses
 import os
 import secrets
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -157,13 +157,7 @@ def _kid(samples, reference):
 
 
 def _score(splitting: str):
-  def measure(samples, reference):
-    if splitting not in samples.scores:
-      least = fid.LEAST[splitting]
-      raise ValueError(f"{samples.name}: {splitting}'s splitting needs at least {least} samples.")
-    return samples.scores[splitting].mean, samples.scores[splitting].std
-
-  return measure
+  return lambda samples, reference: (samples.scores[splitting].mean, samples.scores[splitting].std)
 
 
 class Metric(NamedTuple):
@@ -173,27 +167,45 @@ class Metric(NamedTuple):
     names: of the values that `measure` returns.
     measure: (samples, reference) -> one value, or one for each name.
     needs: which parts of the reference it looks at.
+    least: number of images that it takes.
   """
 
   names: tuple[str, ...]
-  measure: object
-  needs: tuple[str, ...]
+  measure: Callable
+  needs: tuple[str, ...] = ()
+  least: int = 2
 
 
 METRICS = {
-  "fid": Metric(("fid",), _frechet("pool"), ()),
+  "fid": Metric(("fid",), _frechet("pool")),
   "sfid": Metric(("sfid",), _frechet("spatial"), ("spatial",)),
-  "is": Metric(("is", "is_std"), _score("adm"), ()),
-  "is_shuffled": Metric(("is_shuffled", "is_shuffled_std"), _score("torch-fidelity"), ()),
-  "precision_recall": Metric(("precision", "recall"), _precision_recall, ("features",)),
+  "is": Metric(("is", "is_std"), _score("adm")),
+  "is_shuffled": Metric(
+    ("is_shuffled", "is_shuffled_std"), _score("torch-fidelity"), least=fid.LEAST["torch-fidelity"]
+  ),
+  "precision_recall": Metric(("precision", "recall"), _precision_recall, ("features",), least=4),
   "kid": Metric(("kid", "kid_std"), _kid, ("features",)),
 }
 
 
-def check(metrics: Sequence[str]) -> None:
-  """Raises ValueError unless all of them are keys of METRICS."""
+def check(metrics: Sequence[str], num: int | None = None) -> None:
+  """Raises ValueError unless all are keys of METRICS, for which `num` samples are enough."""
   if unknown := [m for m in metrics if m not in METRICS]:
     raise ValueError(f"metrics: {unknown} are not among {list(METRICS)}.")
+  for metric in metrics if num is not None else ():
+    if num < METRICS[metric].least:
+      raise ValueError(
+        f"num={num}: metric {metric!r} takes at least {METRICS[metric].least} samples."
+      )
+
+
+def check_weights(reference: Statistics, sha256: str) -> None:
+  """Raises ValueError if the reference is known to be of a network with other weights."""
+  if reference.inception not in ("", sha256):
+    raise ValueError(
+      f"reference {reference.name!r} was made with other Inception weights (SHA-256 "
+      f"{reference.inception[:12]}..., here {sha256[:12]}...). Make it again with these."
+    )
 
 
 def possible(reference: Statistics) -> list[str]:
@@ -224,12 +236,10 @@ def compare(samples: Statistics, reference: Statistics, metrics: Sequence[str]) 
   Raises:
     ValueError: the two are from networks with different weights, or see `check_serves`.
   """
+  check(metrics, samples.count or None)
   check_serves(reference, metrics)
-  if samples.inception != reference.inception and samples.inception and reference.inception:
-    raise ValueError(
-      f"reference {reference.name!r} was made with other Inception weights (SHA-256 "
-      f"{reference.inception[:12]}..., here {samples.inception[:12]}...). Make it again with these."
-    )
+  if samples.inception:
+    check_weights(reference, samples.inception)
   values = {}
   for name in metrics:
     metric = METRICS[name]
