@@ -56,8 +56,11 @@ class Listed(Records):
 
 
 @pytest.fixture
-def opened(monkeypatch):
-  """{(name, split): source} of what is asked of the data loader, which knows CATALOGUE alone."""
+def opened(monkeypatch, small_inception):
+  """{(name, split): source} of what is asked of the data loader, which knows CATALOGUE alone.
+
+  Inception's weights count as found.
+  """
   found = {}
 
   def load(name, split, pp="", *, data_dir="", cache=False, shuffle_buffer=0):
@@ -238,15 +241,19 @@ def test_every_command_builds_its_run(opened, tmp_path, row):
   every = {s.name: s.every for s in parts.evaluators}
   expected = {"losses": 25_000}
   expected |= {"reconstruction": 25_000} if row.streams[0].name == "clean" else {}
-  expected |= {"generation": 25_000} if row.tuned else {"fewshot": 10_000}
+  samples = {"generation": 25_000, "final_generation": 0}  # 0: after the last step only
+  expected |= samples if row.tuned else {"fewshot": 10_000}
   assert every == expected
   assert {name for name, _ in opened} == {"imagenet2012"}
   assert all(s.image_size == (row.side, row.side, 3) for s in opened.values())
-  # Trained on, held out, and tested on; then what few-shot probes and the judge of samples know.
+  # Trained on, held out; then what samples are compared with, or what probes are fed and tested on.
   sizes = {split: len(source) for (_, split), source in opened.items()}
-  expected = {"train[:99%]": 1_268_355, "train[99%:]": 12_812, "validation": 50_000}
-  known = {"train[:50000]": 50_000} if row.tuned else {"train[:100000]": 100_000}
-  assert sizes == expected | known
+  expected = {"train[:99%]": 1_268_355, "train[99%:]": 12_812}
+  probed = {"train[:100000]": 100_000, "validation": 50_000}
+  assert sizes == expected | ({"train": 1_281_167} if row.tuned else probed)
+  if row.tuned:
+    asked = [(config.evals[name].num, config.evals[name].features) for name in samples]
+    assert asked == [(10_000, "inception"), (50_000, "inception")]
 
 
 @rows(lambda row: row.is_latent)
@@ -417,7 +424,7 @@ def test_configs_of_other_data_sets_are_built(opened, tmp_path, config):
     parts = autoencoder.prepare(found[name], str(tmp_path), str(tmp_path))
     assert parts.evaluators
     measured = {metric.split("/")[0] for metric in found[name].summary}
-    assert measured - {"fewshot", "reconstruction", "generation"} == set()
+    assert measured - {"fewshot", "reconstruction", "generation", "final_generation"} == set()
 
 
 @pytest.mark.parametrize("labels", [True, False])
