@@ -9,6 +9,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
+from umd import recovery
 from umd.checkpoint import Checkpoints, load_params
 from umd.sharding import make_mesh, replicated
 from umd.state import TrainState, init_state
@@ -131,6 +132,7 @@ def test_orbax_is_given_an_address_as_it_is_and_a_folder_in_full(
 ):
   seen = []
   monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(recovery, "remove_temporary", lambda folder: None)
   monkeypatch.setattr(ocp, "CheckpointManager", lambda folder, **_: seen.append(str(folder)))
   Checkpoints(workdir)
   assert seen == [folder.format(here=tmp_path)]
