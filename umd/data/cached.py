@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 
-from umd.data.host import in_graph, process_zero, tensorflow
+from umd.data.host import first_line, guarded, in_graph, process_zero, tensorflow
 from umd.data.records import Records, rows
 
 
@@ -53,14 +53,31 @@ class Cached(Records):
     return self._loaded
 
   def _read(self):
-    tf = tensorflow()
-    parse = lambda row: {**self._records.parse(row), "index": row["index"]}
-    dataset = rows(self._records, 0, len(self))
-    dataset = dataset.map(in_graph(parse), num_parallel_calls=tf.data.AUTOTUNE)
-    # One tensor, made by TensorFlow: strings are moved into it, not copied.
-    found = dataset.batch(len(self)).get_single_element()
+    errors, parse = tensorflow().errors, self._records.parse
+    try:
+      found = self._all(parse)
+    except errors.OpError as error:
+      if self.dtype != "string":
+        raise ValueError(f"data {self.name!r} is not readable: {first_line(error)}") from None
+      found = self._all_that_opens(parse)
     places = np.argsort(found["index"].numpy())
     return found["image"], found["label"].numpy().astype(np.int32)[places], places
+
+  def _all_that_opens(self, parse):
+    """Like `_all`; what cannot be opened has no bytes, which are unreadable when they are used."""
+    try:
+      return self._all(guarded(parse, {"image": ((), "string"), "label": ((), "int32")}))
+    except tensorflow().errors.OpError as error:
+      raise ValueError(f"data {self.name!r} is not readable: {first_line(error)}") from None
+
+  def _all(self, parse):
+    """{image, label, index} of all records, each a tensor [n]."""
+    tf = tensorflow()
+    example = lambda row: {**parse(row), "index": row["index"]}
+    dataset = rows(self._records, 0, len(self))
+    dataset = dataset.map(in_graph(example), num_parallel_calls=tf.data.AUTOTUNE)
+    # One tensor, made by TensorFlow: strings are moved into it, not copied.
+    return dataset.batch(len(self)).get_single_element()
 
 
 def _nbytes(images) -> int:

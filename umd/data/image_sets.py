@@ -55,7 +55,8 @@ def open_images(data: str, size: int | None = None, data_dir: str = "") -> Sourc
       of another size than the first.
   """
   name, split = locate(data)
-  small = load(name, split, "decode|resize(1)|value_range(-1, 1)", data_dir=data_dir)
+  settings = dict(data_dir=data_dir, max_bad=0)  # Each of them counts.
+  small = load(name, split, "decode|resize(1)|value_range(-1, 1)", **settings)
   records = small.records
   if records.dtype not in ("string", "uint8"):
     raise ValueError(
@@ -69,7 +70,7 @@ def open_images(data: str, size: int | None = None, data_dir: str = "") -> Sourc
     height, width = _first_size(small)
     hint = f" as {records.describe(0)} is; give --size N to bring all to one size"
     pp = f"decode|expect_size({height}, {width}, {hint!r})|value_range(-1, 1)"
-  return load(name, split, pp, data_dir=data_dir)
+  return load(name, split, pp, **settings)
 
 
 def _exists(path: str) -> bool:

@@ -10,12 +10,11 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from umd.data.decoding import JPEG, decoded
 from umd.data.host import tensorflow
 
 Example = dict[str, Any]
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # Width by height, of inception crops.
-# The accurate inverse DCT: TensorFlow's default is darker by .8 of 255.
-JPEG = dict(dct_method="INTEGER_ACCURATE")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +36,8 @@ Op = Callable[[Example, Context], Example]
 def decode(channels: int | None = None) -> Op:
   """JPEG, PNG, GIF (first frame), BMP or WebP to uint8; leaves what is decoded already as it is.
 
-  `channels` is 1, 3 or 4 (PNG only); by default the source's where it knows them, else 3.
+  `channels` is 1, 3 or 4 (PNG only); by default the source's where it knows them, else 3. What is
+  transparent is shown over white; the orientation in EXIF is ignored: see `umd.data.decoding`.
   """
   if channels not in (None, 1, 3, 4):
     raise ValueError(f"channels={channels!r} must be 1, 3 or 4.")
@@ -46,7 +46,7 @@ def decode(channels: int | None = None) -> Op:
     image = example["image"]
     if image.dtype != tensorflow().string:
       return example
-    return {**example, "image": _decoded(image, context.shape, channels)}
+    return {**example, "image": decoded(image, context.shape, channels)}
 
   return op
 
@@ -55,13 +55,13 @@ def decode_jpeg_and_inception_crop(
   size: int | tuple[int, int], area_min: float = 5, area_max: float = 100
 ) -> Op:
   """Does what decode|inception_crop does, but of a JPEG decodes only the part that is kept."""
-  crop_decoded = inception_crop(size, area_min, area_max)
+  crop_pixels = inception_crop(size, area_min, area_max)
 
   def op(example, context):
     tf = tensorflow()
     data = example["image"]
     if data.dtype != tf.string:
-      return crop_decoded(example, context)
+      return crop_pixels(example, context)
     channels = context.shape[2] or 3
 
     def of_jpeg():
@@ -69,7 +69,7 @@ def decode_jpeg_and_inception_crop(
       return tf.io.decode_and_crop_jpeg(data, window, channels=channels, **JPEG)
 
     def of_other():
-      image = _decoded(data, (None, None, channels))
+      image = decoded(data, context.shape, channels)
       window = inception_window(tf.shape(image), context.seed, (area_min, area_max))
       return tf.slice(image, [window[0], window[1], 0], [window[2], window[3], channels])
 
@@ -214,6 +214,16 @@ def onehot(num_classes: int, key: str = "label", key_result: str = "labels") -> 
   return op
 
 
+def no_labels() -> Op:
+  """Sets every label to 0: for records without labels (-1 in TFDS), and training that uses none."""
+
+  def op(example, context):
+    del context
+    return {**example, "label": tensorflow().zeros([], "int32")}
+
+  return op
+
+
 def keep(*names: str) -> Op:
   """Drops all that is not named."""
 
@@ -238,6 +248,7 @@ OPS: Mapping[str, Callable[..., Op]] = {
     flip_lr,
     value_range,
     onehot,
+    no_labels,
     keep,
   )
 }
@@ -281,20 +292,3 @@ def _room(name, image, size):
   room = tf.shape(image)[:2] - tf.constant(size)
   with tf.control_dependencies([tf.debugging.assert_non_negative(room, message)]):
     return tf.identity(room)
-
-
-def _decoded(data, shape, channels=None):
-  """uint8 [H, W, C] of an encoded image."""
-  tf = tensorflow()
-  channels = channels or shape[2] or 3
-
-  def of_other():
-    if channels == 4:
-      return tf.io.decode_png(data, channels=4)
-    image = tf.io.decode_image(data, channels=3, expand_animations=False)
-    return image if channels == 3 else tf.image.rgb_to_grayscale(image)
-
-  of_jpeg = lambda: tf.io.decode_jpeg(data, channels=channels, **JPEG)
-  image = of_other() if channels == 4 else tf.cond(tf.io.is_jpeg(data), of_jpeg, of_other)
-  known = shape[:2] if shape[2] in (None, channels) else (None, None)
-  return tf.ensure_shape(image, [*known, channels])

@@ -11,12 +11,12 @@ and finds its place again by skipping records of one epoch, without decoding the
 
 import functools
 import itertools
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
-from umd.data.host import in_graph, tensorflow
+from umd.data import bad
+from umd.data.host import OK, guarded, in_graph, tensorflow
 from umd.data.records import fetch, rows
 from umd.data.sources import Source
 
@@ -56,8 +56,11 @@ def train_batches(
     process_count: number of processes; must divide B.
 
   Raises:
-    ValueError: a wrong seed, process_count does not divide B, a process has no records, or one
-      is unreadable.
+    ValueError: a wrong seed, process_count does not divide B, or a process has no records. Later:
+      more records are unreadable than the source's `max_bad`, or a label is out of range.
+
+  A set may be smaller than a batch, which then spans epochs. An example that cannot be read is
+  replaced by another one, see `umd.data.bad`.
   """
   if not 0 <= seed < 2**53:  # Multiplied by the number of ops, it must still be an int64.
     raise ValueError(f"seed={seed} must be in 0..2**53 - 1.")
@@ -69,8 +72,11 @@ def train_batches(
     elements = lambda step: _dealt(source, batch_size, seed, step, place)
   else:
     elements = lambda step: _streamed(source, batch_size, seed, step, place)
-  batches = _example_batches(source, elements(start_step), seed, local)
-  return _named_errors(batches, source, seed, lambda n: elements(start_step + n).take(local))
+
+  def start(n, guard):
+    return _example_batches(source, elements(start_step + n), seed, local, guard)
+
+  return _trained(bad.resilient(start, source.name), source, seed)
 
 
 def eval_batches(
@@ -79,7 +85,8 @@ def eval_batches(
   """Every example once; each process reads its own part, and as many batches as the others.
 
   Returns {image [b, H, W, C], label [b], index [b], _mask [b]}: `index` is the example's place in
-  the source, `_mask` is 1 for examples and 0 for filling, which must not count anywhere.
+  the source, `_mask` is 1 for examples and 0 for what must not count anywhere: filling, whose
+  `index` is beyond the source, and examples that cannot be read.
   """
   local = _check_share(batch_size, process_count)
   n = len(source)
@@ -154,14 +161,18 @@ def _streamed(source, batch_size, seed, start_step, place):
   return tf.data.Dataset.zip(found.skip(offset), numbers).map(in_graph(with_position))
 
 
-def _example_batches(source, elements, seed, local, index=False):
-  """Batches of preprocessed examples, as NumPy arrays: views of TensorFlow's, not copies."""
+def _example_batches(source, elements, seed, local, guard):
+  """Batches of preprocessed examples, as NumPy arrays: views of TensorFlow's, not copies.
+
+  They have `index` and `position`, and with `guard` OK.
+  """
   tf = tensorflow()
 
-  def example(row):
-    found = source.preprocess(source.records.parse(row), seed, row["position"])
-    return {**found, "index": row["index"]} if index else found
+  def prepare(row):
+    return source.preprocess(source.records.parse(row), seed, row["position"])
 
+  prepare = guarded(prepare, source.preprocess.spec) if guard else prepare
+  example = lambda row: {**prepare(row), "index": row["index"], "position": row["position"]}
   autotune = dict(num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
   batches = elements.map(in_graph(example), **autotune).batch(local, **autotune)
   options = tf.data.Options()
@@ -169,33 +180,11 @@ def _example_batches(source, elements, seed, local, index=False):
   return batches.prefetch(2).with_options(options).as_numpy_iterator()
 
 
-def _named_errors(batches, source, seed, again: Callable):
-  """The batches as NumPy; an example that cannot be read is an error that names it."""
-  tf = tensorflow()
-  for n in itertools.count():
-    try:
-      batch = next(batches)
-    except StopIteration:
-      return
-    except tf.errors.OpError as error:
-      _raise_named(again(n), source, seed)
-      raise ValueError(f"data {source.name!r}: {_first_line(error)}") from error
-    yield batch
-
-
-def _raise_named(elements, source, seed):
-  """Raises for the first of these elements that cannot be preprocessed."""
-  tf = tensorflow()
-  for row in elements:
-    try:
-      source.preprocess(source.records.parse(row), seed, row["position"])
-    except (tf.errors.OpError, ValueError) as error:
-      name = source.records.describe(int(row["index"]))
-      raise ValueError(f"{name} is not readable: {_first_line(error)}") from None
-
-
-def _first_line(error) -> str:
-  return re.sub(r"\{\{.*?\}\}|\[Op:.*?\]", "", str(error)).strip().split("\n")[0]
+def _trained(batches, source, seed):
+  for batch in batches:
+    batch = bad.replace(batch, source, seed)
+    bad.check_labels(batch, source)
+    yield {key: batch[key] for key in source.preprocess.spec}
 
 
 def _evaluated(source, low, high, local):
@@ -206,10 +195,19 @@ def _evaluated(source, low, high, local):
     parts = (np.arange(i, min(i + local, high)) for i in range(low, high, local))
     return ({**source.records.fetch(ids), "index": ids} for ids in parts)
   with_position = in_graph(lambda row: {**row, "position": row["index"]})
-  elements = lambda: rows(source.records, low, high).map(with_position)
-  batches = _example_batches(source, elements(), EVALUATION_SEED, local, index=True)
-  again = lambda n: elements().skip(n * local).take(local)
-  return _named_errors(batches, source, EVALUATION_SEED, again)
+
+  def start(n, guard):
+    elements = rows(source.records, min(low + n * local, high), high).map(with_position)
+    return _example_batches(source, elements, EVALUATION_SEED, local, guard)
+
+  return _checked(bad.resilient(start, source.name), source)
+
+
+def _checked(batches, source):
+  for batch in batches:
+    batch = bad.leave_out(batch, source, EVALUATION_SEED)
+    bad.check_labels(batch, source)
+    yield batch
 
 
 def _filled(batches, source, local, count):
@@ -220,10 +218,12 @@ def _filled(batches, source, local, count):
   for _ in range(count):
     batch = next(batches, empty)
     real = len(batch["index"])
+    counts = batch.get(OK, np.ones(real, bool))
+    batch = {key: batch[key] for key in spec}
     if real < local:
       batch = {key: _extended(x, local) for key, x in batch.items()}
       batch["index"][real:] = len(source) + np.arange(local - real)
-    mask = (np.arange(local) < real).astype(np.float32)
+    mask = _extended(counts.astype(np.float32), local)
     yield {**batch, "index": batch["index"].astype(np.int32), "_mask": mask}
 
 

@@ -25,6 +25,7 @@ class Records:
     num_classes: number of labels; 0: the labels are all 0 and mean nothing.
     class_names: of the labels, or empty.
     random_access: whether there is `fetch`; else there is `stream`.
+    bad: {index: reason} of those that this process could not read so far.
   """
 
   random_access = True
@@ -39,6 +40,7 @@ class Records:
   ):
     self.name, self.dtype, self.shape = name, dtype, tuple(shape)
     self.num_classes, self.class_names = num_classes, tuple(class_names)
+    self.bad: dict[int, str] = {}
 
   def __len__(self) -> int:
     raise NotImplementedError
@@ -75,6 +77,14 @@ def rows(records: Records, low: int, high: int):
     return records.stream(low, high)
   ids = tensorflow().data.Dataset.range(low, high).batch(FETCH)
   return ids.map(in_graph(lambda i: {**fetch(records, i), "index": i})).unbatch()
+
+
+def row(records: Records, index: int) -> dict[str, Any]:
+  """One row with its `index`, outside of graphs."""
+  if not records.random_access:
+    return next(iter(records.stream(index, index + 1)))
+  found = {key: values[0] for key, values in records.fetch(np.array([index])).items()}
+  return {**{key: tensorflow().constant(value) for key, value in found.items()}, "index": index}
 
 
 def fetch(records: Records, ids):

@@ -24,10 +24,14 @@ class Source:
     image_size: (H, W, C) of the preprocessed images.
     num_classes: number of labels; 0: there are none, and every label is 0.
     class_names: names of the labels, or an empty tuple.
+    max_bad: how many examples may be unreadable.
+    bad: {index: reason} of the unreadable ones that this process met so far.
   """
 
-  def __init__(self, records: Records, pp: str = ""):
+  def __init__(self, records: Records, pp: str = "", max_bad: float = 0):
+    """`max_bad`: a number, or a share if it is below 1."""
     self.records, self.name, self.pp = records, records.name, pp
+    self.max_bad, self.bad = _at_most(max_bad, len(records)), records.bad
     self.preprocess = Preprocess(pp, records.dtype, records.shape, records.name)
     self.image_size = self.preprocess.image_size
     self.num_classes, self.class_names = records.num_classes, records.class_names
@@ -47,21 +51,33 @@ class Source:
     return isinstance(self.records, Arrays) and not self.preprocess
 
   def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-    """(images float32 [n, H, W, C], labels int32 [n]): all, preprocessed once and kept."""
+    """(images float32 [n, H, W, C], labels int32 [n]): all, preprocessed once and kept.
+
+    What cannot be read is left out.
+    """
     from umd.data.pipeline import eval_batches  # It imports this module.
 
     if self.is_plain:
       return self.records.images, self.records.labels
     if self._arrays is None:
       images = np.empty((len(self), *self.image_size), np.float32)
-      labels = np.empty(len(self), np.int32)
+      labels, read = np.empty(len(self), np.int32), np.zeros(len(self), bool)
       for batch in eval_batches(self, min(256, len(self))):
         real = batch["_mask"] > 0
         images[batch["index"][real]] = batch["image"][real]
         labels[batch["index"][real]] = batch["label"][real]
-      self._arrays = images, labels
+        read[batch["index"][real]] = True
+      self._arrays = (images, labels) if read.all() else (images[read], labels[read])
     return self._arrays
 
+  def bad_report(self) -> str:
+    """A line for each unreadable example that this process met so far, in the source's order."""
+    describe = self.records.describe
+    return "".join(f"{describe(i)}: {self.bad[i]}\n" for i in sorted(self.bad))
+
+
+BY_KIND = -1.0  # Of `max_bad`: what follows for the kind of data.
+MAX_BAD = {"folder": 0.001}  # Prepared data sets were read once already: 0.
 
 KINDS = {
   "digits": lambda rest, split, data_dir, buffer: digits(split),
@@ -79,6 +95,7 @@ def load(
   data_dir: str = "",
   cache: bool = False,
   shuffle_buffer: int = 50_000,
+  max_bad: float = BY_KIND,
 ) -> Source:
   """The source of that name; the same arguments return the same object.
 
@@ -90,17 +107,21 @@ def load(
     data_dir: where TFDS keeps its data; by default $TFDS_DATA_DIR, else TFDS's own default.
     cache: keep the undecoded records in memory.
     shuffle_buffer: records to shuffle among, where the storage cannot be read at random.
+    max_bad: how many images may be unreadable: a number, a share if it is below 1, or -1 for .001
+      of a folder and none of other data. They are skipped and reported, see `umd.data.bad`.
 
   Raises:
     ValueError, FileNotFoundError: no such data, split or op; the message lists the known ones.
   """
   data_dir = data_dir or os.environ.get("TFDS_DATA_DIR", "")
-  return _load(name, split, pp, data_dir, cache, shuffle_buffer)
+  if max_bad == BY_KIND:
+    max_bad = MAX_BAD.get(name.partition(":")[0], 0)
+  return _load(name, split, pp, data_dir, cache, shuffle_buffer, max_bad)
 
 
 @functools.cache
-def _load(name, split, pp, data_dir, cache, shuffle_buffer):
-  return Source(_records(name, split, data_dir, cache, shuffle_buffer), pp)
+def _load(name, split, pp, data_dir, cache, shuffle_buffer, max_bad):
+  return Source(_records(name, split, data_dir, cache, shuffle_buffer), pp, max_bad)
 
 
 @functools.cache  # Sources that differ in pp only share what is read.
@@ -112,6 +133,16 @@ def _records(name, split, data_dir, cache, shuffle_buffer) -> Records:
     )
   records = KINDS[kind](rest, split, data_dir, shuffle_buffer)
   return Cached(records) if cache and not isinstance(records, Arrays) else records
+
+
+def _at_most(max_bad: float, n: int) -> int:
+  """How many of n examples `max_bad` stands for: a share is rounded down."""
+  if isinstance(max_bad, bool) or not (0 <= max_bad < 1 or (max_bad >= 1 and max_bad % 1 == 0)):
+    raise ValueError(
+      f"max_bad={max_bad!r} must be a number of examples (0, 1, 2, ...), a share of them below 1, "
+      f"or {BY_KIND:g} for the default."
+    )
+  return int(max_bad) if max_bad >= 1 else int(max_bad * n)
 
 
 def from_arrays(

@@ -1,0 +1,106 @@
+"""Encoded images to pixels, as a viewer shows them.
+
+TensorFlow decodes the usual kinds, inside the graph. Pillow, which comes with matplotlib, decodes
+the rare ones that TensorFlow refuses or gets wrong: transparent palettes and WebPs, GIFs, BMPs of
+less than 24 bits.
+"""
+
+import io
+
+import numpy as np
+
+from umd.data.host import tensorflow
+
+# The accurate inverse DCT: TensorFlow's default is darker by .8 of 255.
+JPEG = dict(dct_method="INTEGER_ACCURATE")
+
+# The first bytes, in which the kinds differ; \C is any byte. A PNG has its colour type at byte 25;
+# a chunk tRNS, before the pixels but perhaps after profiles and texts, makes colours transparent.
+# A BMP has the bits of a pixel at byte 28. WebPs of the kind "VP8 " are opaque.
+BEGIN = 1 << 16
+PNG_ALPHA = r"\CPNG\r\n\x1a\n\C{17}[\x04\x06]\C*"
+SPECIAL = rf"{PNG_ALPHA}|\CPNG\r\n\x1a\n\C*tRNS\C*|GIF8\C*|BM\C*|RIFF\C{{4}}WEBP\C*"
+USUAL = r"BM\C{26}\x18\x00\C*|RIFF\C{4}WEBPVP8 \C*"
+FORMATS = ("PNG", "GIF", "BMP", "WEBP")  # Of Pillow's many: some run other programs.
+
+
+def decoded(data, shape, channels=None):
+  """uint8 [H, W, C] of an encoded image: JPEG, PNG, GIF, BMP or WebP; the first if it moves.
+
+  Transparent pixels are shown over white, the page for which most such images are made: drawings
+  and letters are mostly dark, and would vanish over black. 16 bits become 8 by value / 257. CMYK
+  becomes RGB. The orientation in EXIF is not applied, as in all pipelines of ImageNet. (A source
+  that declares its channels, as TFDS does, has no transparent pixels: an alpha channel is ignored.)
+
+  Args:
+    data: bytes, a tensor.
+    shape: (H, W, C) of the source's images, None where it is not known.
+    channels: 1, 3, or 4 (PNG only: the alpha channel is kept); None: those of `shape`, else 3.
+  """
+  tf = tensorflow()
+  channels = channels or shape[2] or 3
+  of_jpeg = lambda: tf.io.decode_jpeg(data, channels=channels, **JPEG)
+
+  def of_other():
+    image = _rgb(data) if shape[2] is None else _plain(data)
+    return image if channels == 3 else tf.image.rgb_to_grayscale(image)
+
+  if channels == 4:
+    image = tf.io.decode_png(data, channels=4)
+  else:
+    image = tf.cond(tf.io.is_jpeg(data), of_jpeg, of_other)
+  known = shape[:2] if shape[2] in (None, channels) else (None, None)
+  return tf.ensure_shape(image, [*known, channels])
+
+
+def _plain(data):
+  """uint8 [H, W, 3], as TensorFlow has it."""
+  return tensorflow().io.decode_image(data, channels=3, expand_animations=False)
+
+
+def _rgb(data):
+  """uint8 [H, W, 3] of an image that is no JPEG."""
+  tf = tensorflow()
+  begin = tf.strings.substr(data, 0, BEGIN)
+  like = tf.strings.regex_full_match
+
+  def with_alpha():
+    wide = tf.cast(tf.io.decode_png(data, channels=4), tf.int32)
+    color, alpha = wide[..., :3], wide[..., 3:]
+    return tf.cast((color * alpha + 255 * (255 - alpha) + 127) // 255, tf.uint8)
+
+  def by_pillow():
+    image = tf.numpy_function(_pillow, [data], tf.uint8, stateful=False)
+    return tf.ensure_shape(image, [None, None, 3])
+
+  def special():
+    of_other = lambda: tf.cond(like(begin, USUAL), usual, by_pillow)
+    return tf.cond(like(begin, PNG_ALPHA), with_alpha, of_other)
+
+  # What is no image at all gets its error from TensorFlow.
+  usual = lambda: _plain(data)
+  return tf.cond(like(begin, SPECIAL), special, usual)
+
+
+def _pillow(data) -> np.ndarray:
+  """uint8 [H, W, 3] of what TensorFlow cannot read, or not rightly.
+
+  Raises:
+    tf.errors.InvalidArgumentError: it is damaged.
+  """
+  from PIL import Image  # Only the rare kinds need it.
+
+  data = data if isinstance(data, bytes) else data.item()  # Eager calls give an array of them.
+  try:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+      if image.mode.startswith("I"):  # 16 bits; Pillow would clip.
+        values = np.asarray(image)
+        clear = values == image.info.get("transparency", -1)
+        image = Image.fromarray(np.where(clear, 255, np.round(values / 257)).astype(np.uint8))
+      if "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+      return np.asarray(image.convert("RGB"))
+  except Exception as error:  # Damaged files make Pillow raise errors of many kinds.
+    reason = str(error).split(" <_io")[0] or type(error).__name__
+    raise tensorflow().errors.InvalidArgumentError(None, None, reason) from None
