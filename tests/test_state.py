@@ -201,7 +201,8 @@ def test_every_step_draws_its_own_randomness_from_seed_and_step():
     state = init_state(init, tx, jax.random.key(0), mesh)
     step = make_train_step(loss, tx, lambda step: 0.0, ema_decay=0.9, seed=seed, state=state)
     for n in range(3):
-      again = state.replace(step=jnp.int32(n), params={"w": jnp.ones(2)})
+      guard = jax.tree.map(jnp.copy, state.guard)  # What a step takes is gone.
+      again = state.replace(step=jnp.int32(n), params={"w": jnp.ones(2)}, guard=guard)
       state, metrics = step(state, batch)
       draws[seed, n] = float(metrics["loss"])
       # A resumed run has the same number of steps, whatever it carried before.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from umd.guard import Guard, GuardState, choose, init_guard
 from umd.sharding import batch_sharding, replicated, state_shardings
 
 
@@ -20,12 +21,19 @@ class TrainState:
     params: what the gradient moves.
     ema_params: their exponential moving average, what is evaluated and sampled.
     opt_state: the optimiser's.
+    guard: which steps were not applied; () where nothing is trained.
   """
 
   step: jax.Array
   params: dict
   ema_params: dict
   opt_state: optax.OptState
+  guard: GuardState | tuple[()] = ()
+
+
+def step_key(seed: int, step: jax.Array | int) -> jax.Array:
+  """What step `step` = 0, 1, ... draws its randomness from: a function of (seed, step)."""
+  return jax.random.fold_in(jax.random.key(seed), step)
 
 
 def ema_decay_at(step: jax.Array, ema_decay: float) -> jax.Array:
@@ -48,7 +56,7 @@ def init_state(
     params = init(key)
     # The average starts as a copy: two donated leaves must not share a buffer.
     ema = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(params), init_guard())
 
   shardings = state_shardings(jax.eval_shape(make, key), mesh, fsdp)
   return jax.jit(make, out_shardings=shardings)(key)
@@ -62,33 +70,44 @@ def make_train_step(
   ema_decay: float,
   seed: int,
   state: TrainState,
+  guard: Guard = Guard(),  # noqa: B008 (frozen)
 ) -> Callable:
   """Builds the jitted `step(state, batch) -> (state, metrics)` for states placed as `state` is.
 
   The model computes with whole parameters: where they are kept in parts, each step gathers them,
   and every device updates the part that it keeps. All randomness of a step is a function of
   (seed, step). The state is donated. Metrics are device scalars: "loss", "loss/<stream>/<term>",
-  "lr", "grad_norm" (before clipping), "param_norm".
+  "lr", "grad_norm" (before clipping), "param_norm", and those of the guard.
+
+  A step that the guard does not let pass leaves parameters, average and optimiser as they are, to
+  the bit, and is counted: the next one has the next batch and draws anew. The learning rate and
+  the average's ramp follow the steps that were applied, as the optimiser's own counters do.
   """
 
   def step(state: TrainState, batch):
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    key = step_key(seed, state.step)
+    applied = state.step - state.guard.total
     grad = jax.value_and_grad(loss, has_aux=True)
     whole = jax.lax.with_sharding_constraint(state.params, everywhere)
     (total, terms), grads = grad(whole, batch, key)
     grads = jax.lax.with_sharding_constraint(grads, placed.params)
+    grad_norm = optax.tree.norm(grads)
+    apply, guard_state, verdict = guard.judge(state.guard, total, grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    decay = ema_decay_at(state.step, ema_decay)
+    params, opt_state = choose(apply, (params, opt_state), (state.params, state.opt_state))
+    decay = ema_decay_at(applied, ema_decay)
     ema = optax.incremental_update(params, state.ema_params, 1.0 - decay)
+    ema = choose(apply, ema, state.ema_params)
     metrics = {
       "loss": total,
       **{f"loss/{k}": v for k, v in terms.items()},
-      "lr": schedule(state.step),
-      "grad_norm": optax.tree.norm(grads),
+      "lr": schedule(applied),
+      "grad_norm": grad_norm,
       "param_norm": optax.tree.norm(params),
+      **verdict,
     }
-    return TrainState(state.step + 1, params, ema, opt_state), metrics
+    return TrainState(state.step + 1, params, ema, opt_state, guard_state), metrics
 
   placed = jax.tree.map(lambda x: x.sharding, state)
   mesh = placed.step.mesh
