@@ -31,7 +31,7 @@ HEARTBEAT_SECONDS = flags.DEFINE_integer(
 EXAMPLE = "python -m train --config configs/quickstart.py:method=umd --workdir runs/quickstart"
 
 
-USER_ERRORS = (ValueError, FileNotFoundError, FloatingPointError)
+USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
 
 def _is_user_error(error: BaseException) -> bool:
@@ -73,6 +73,9 @@ def main(argv):
     sys.exit(f"error: --config and --workdir are needed, nothing else. Example:\n  {EXAMPLE}")
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save otherwise.
+  from umd import preemption
+
+  preemption.install()
   from umd import distributed  # Imports JAX: after the flags are known to be right.
 
   config = CONFIG.value
@@ -84,6 +87,7 @@ def main(argv):
       timeout_seconds=START_SECONDS.value,
       heartbeat_seconds=HEARTBEAT_SECONDS.value,
     )
+    preemption.join()
     from trainers import stages
 
     summaries = stages.run(config, WORKDIR.value, KEY.value)

@@ -9,8 +9,10 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from trainers import autoencoder, stages
+from trainers import autoencoder, keys, stages
+from trainers.schema import Field
 from umd import workdir as folder
+from umd.metrics import read_jsonl
 
 CONFIG = {"lr": 0.1, "seed": 0, "heads": ("x0", "eps"), "evals": {"a": {"every": 5}}}
 
@@ -65,6 +67,74 @@ def test_a_harmless_change_is_told_and_written(tmp_path, capsys):
   assert "evals.a.every" in told and "5" in told and "7" in told
 
 
+def changes(workdir) -> list[tuple]:
+  records = read_jsonl(str(workdir / "config_changes.jsonl"))
+  assert all(set(r) == {"time", "key", "old", "new"} and r["time"][:2] == "20" for r in records)
+  return [(r["key"], r["old"], r["new"]) for r in records]
+
+
+def test_every_change_is_written_down_once(tmp_path):
+  claim(tmp_path)
+  claim(tmp_path)
+  assert not (tmp_path / "config_changes.jsonl").exists()
+  claim(tmp_path, evals={"a": {"every": 7, "num": 3}})
+  first = [("evals.a.every", 5, 7), ("evals.a.num", None, 3)]
+  assert changes(tmp_path) == first
+  claim(tmp_path, evals={"a": {"every": 7, "num": 3}})
+  claim(tmp_path, evals={})
+  assert changes(tmp_path) == [*first, ("evals.a.every", 7, None), ("evals.a.num", 3, None)]
+
+
+def test_a_refused_change_is_not_written_down(tmp_path):
+  claim(tmp_path)
+  with pytest.raises(ValueError, match="another config"):
+    claim(tmp_path, lr=0.25, evals={})
+  assert not (tmp_path / "config_changes.jsonl").exists()
+
+
+def test_harmless_may_be_a_part_of_a_section(tmp_path, capsys):
+  old = {"data": {"name": "a", "data_dir": "x", "dir": {"a": 1}}, "data_dirs": 1}
+  folder.start(str(tmp_path), old)
+  check = lambda new: folder.check_same_run(str(tmp_path), new, ("data.data_dir", "data.dir"))
+  check({**old, "data": {"name": "a", "data_dir": "y", "dir": {"a": 2}}})
+  assert "data.data_dir was 'x', is now 'y'" in capsys.readouterr().out
+  for new in ({**old, "data": {**old["data"], "name": "b"}}, {**old, "data_dirs": 2}):
+    with pytest.raises(ValueError, match="another config"):
+      check(new)
+
+
+@pytest.mark.parametrize(
+  "old, new, same",
+  [
+    ({}, {"guard": {"sigma": 0.0}}, True),  # a run from before the key was there
+    ({}, {"guard": {"sigma": 6.0}}, False),  # which goes on in another way
+    ({"guard": {"sigma": 0.0}}, {}, True),
+    ({"guard": {"sigma": 6.0}}, {}, False),
+    ({"guard": {"sigma": 6.0}}, {"guard": {"sigma": 6.0}}, True),
+    ({}, {"guard": {"sigma": 0.0, "other": 1}}, False),
+  ],
+)
+def test_a_key_that_is_new_since_stands_for_what_was_done_before(tmp_path, old, new, same):
+  folder.start(str(tmp_path), {**CONFIG, **old})
+  check = lambda: folder.check_same_run(
+    str(tmp_path), {**CONFIG, **new}, (), since={"guard.sigma": 0.0}
+  )
+  if same:
+    return check()
+  with pytest.raises(ValueError, match=r"guard\.(sigma|other): there"):
+    check()
+
+
+@pytest.mark.parametrize("contents", [b"", b'{"lr": 0.', b"[1, 2]", b"\xff"])
+def test_a_torn_config_is_named_and_left_alone(tmp_path, contents):
+  path = tmp_path / "config.json"
+  path.write_bytes(contents)
+  for call in (lambda: folder.check_same_run(str(tmp_path), CONFIG, ()), lambda: claim(tmp_path)):
+    with pytest.raises(ValueError, match=r"config\.json holds no config .*copy, or choose another"):
+      call()
+  assert os.listdir(tmp_path) == ["config.json"] and path.read_bytes() == contents
+
+
 @pytest.mark.parametrize(
   "changes, told",
   [
@@ -98,6 +168,7 @@ def test_the_same_run_may_be_named_by_another_spelling_of_its_folder(tmp_path, m
   monkeypatch.setitem(
     sys.modules, "trainers.fake", types.SimpleNamespace(run=claim_stage, prepare=lambda *_: None)
   )
+  monkeypatch.setitem(keys.STAGES, "fake", {"init_from": Field(str)})
   stage = {"trainer": "fake", "init_from": ""}
   config = {"stages": ("a", "b"), "a": stage, "b": {**stage, "init_from": "a"}}
   monkeypatch.chdir(tmp_path)
@@ -166,6 +237,10 @@ def test_a_run_at_an_address_is_written_and_read_as_on_this_machine(remote):
   assert folder.read_json(f"{remote}/environment.json")["backend"] == "cpu"
   with pytest.raises(ValueError, match=r"lr: there 0\.1, now 0\.25"):
     folder.check_same_run(remote, {**CONFIG, "lr": 0.25}, ())
+  folder.start(remote, {**CONFIG, "lr": 0.25})
+  folder.start(remote, {**CONFIG, "lr": 0.5})
+  lines = folder.read_bytes(f"{remote}/config_changes.jsonl").decode().splitlines()
+  assert [json.loads(line)["new"] for line in lines] == [0.25, 0.5]
   folder.finish(remote, {"step": 1})
   folder.finish(remote, {"step": 5})
   assert folder.finished(remote) == {"step": 5}

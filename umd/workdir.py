@@ -12,6 +12,7 @@ import platform
 import secrets
 import sys
 import time
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -182,19 +183,44 @@ def differences(old: dict, new: dict) -> dict[str, tuple]:
   return {k: (old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)}
 
 
-def check_same_run(workdir: str, config: dict, harmless: tuple[str, ...]) -> None:
+def _snapshot(workdir: str) -> dict | None:
+  """The config that the folder's run was last started with, None if there is none."""
+  path = os.path.join(workdir, "config.json")
+  try:
+    config = read_json(path)
+  except ValueError as error:
+    config = str(error)
+  if config is None or isinstance(config, dict):
+    return config
+  raise ValueError(
+    f"{path} holds no config ({config}): it is damaged, or not ours. Bring it back from a copy, "
+    "or choose another workdir."
+  )
+
+
+def check_same_run(
+  workdir: str, config: dict, harmless: Sequence[str], since: Mapping | None = None
+) -> None:
   """Compares a config with the one that the folder's config.json holds, if it holds one.
 
   Args:
     workdir: the run's folder.
     config: everything that defines the run.
-    harmless: top-level keys that may change between two starts of one run; they are reported.
+    harmless: keys, or sections "a.b" with all below, that may change between two starts of one run;
+      they are reported, and `start` writes them down.
+    since: {"a.b": value} of keys that older configs do not have, with the value that does what was
+      done then: a config without the key counts as having it.
 
   Raises:
-    ValueError: the folder belongs to a run with another config; lists the differences.
+    ValueError: the folder belongs to a run with another config; lists the differences. Or its
+      config.json is damaged.
   """
-  changed = differences(read_json(os.path.join(workdir, "config.json")) or config, config)
-  serious = {k: v for k, v in changed.items() if k.split(".")[0] not in harmless}
+  old, since = _snapshot(workdir), since or {}
+  if old is None:
+    return
+  changed = differences({**since, **flatten(old)}, {**since, **flatten(config)})
+  is_harmless = lambda key: any(f"{key}.".startswith(f"{h}.") for h in harmless)
+  serious = {k: v for k, v in changed.items() if not is_harmless(k)}
   if serious:
     lines = "\n".join(f"  {k}: there {old!r}, now {new!r}" for k, (old, new) in serious.items())
     raise ValueError(
@@ -205,8 +231,24 @@ def check_same_run(workdir: str, config: dict, harmless: tuple[str, ...]) -> Non
     print(f"config: {key} was {old!r}, is now {new!r}", flush=True)
 
 
+def _record_changes(workdir: str, config: dict) -> None:
+  """Adds a line to config_changes.jsonl for every value that is another than at the last start."""
+  now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+  lines = [
+    json.dumps({"time": now, "key": key, "old": old, "new": new})
+    for key, (old, new) in differences(_snapshot(workdir) or config, config).items()
+  ]
+  if lines:
+    path = os.path.join(workdir, "config_changes.jsonl")
+    write_bytes(path, (read_bytes(path) or b"") + "".join(f"{x}\n" for x in lines).encode())
+
+
 def start(workdir: str, config: dict) -> None:
-  """Writes config.json and environment.json (versions, devices, command of the newest start)."""
+  """Writes config.json and environment.json (versions, devices, command of the newest start).
+
+  What has changed since the last start is added to config_changes.jsonl: {time, key, old, new}.
+  """
+  _record_changes(workdir, config)  # First: killed in between, a change is told twice, not never.
   write_json(os.path.join(workdir, "config.json"), config)
   versions = {}
   for name in PACKAGES:
