@@ -78,7 +78,7 @@ def _stage(a) -> dict:
     expected={k: a[k] for k in EXPECTED if k in a.given or k == "size"},
     eval_every=5000,
     log_every=100,
-    checkpoint=dict(every=1000, keep=2),
+    checkpoint=dict(every=1000, keep=2, keep_every=0, best=""),
     wandb=dict(mode=a.wandb_mode, project="umd"),
-    summary=tuple(f"{n}/t{t}" for t in (0, a.t) for n in ("top1", "top5", "lr")),
+    summary=tuple(f"probe/{n}/t{t}" for t in (0, a.t) for n in ("top1", "top5", "lr")),
   )

@@ -33,6 +33,10 @@ ARGUMENTS = dict(
   wandb_mode="disabled",  # online, offline or disabled
 )
 
+# A step is skipped if its numbers are not finite, or if its loss is `spike_sigma` deviations above
+# the mean of the last `spike_window` (0: never); after `max_skipped` in a row the run stops.
+GUARD = dict(max_skipped=10, spike_sigma=0.0, spike_window=100)
+
 TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
 
 
@@ -120,8 +124,11 @@ def streams(no_noise_prob: float, mask_ratio: float, mask_ratio_no_noise: float)
 
 
 def data(name: str, split: str, pp: str, data_dir: str = "", cache: bool = False) -> dict:
-  """Which images, and what is done to them: the arguments of `umd.data.load`."""
-  return dict(name=name, split=split, pp=pp, data_dir=data_dir, cache=cache)
+  """Which images, and what is done to them: the arguments of `umd.data.load`.
+
+  `max_bad`, how many may be unreadable, is -1: .001 of a folder, none of other data.
+  """
+  return dict(name=name, split=split, pp=pp, data_dir=data_dir, cache=cache, max_bad=-1.0)
 
 
 def optim(lr: float, wd: float, beta2: float, warmup: float = 0.05, mu_dtype="float32") -> dict:
@@ -169,14 +176,13 @@ def autoencoder(
     data, streams, optim: see the functions of these names.
     batch_size: over all devices.
     steps: length of the run; 0 to say it in `epochs` instead.
-    use_labels, label_drop_prob: condition on labels, and drop this share of them.
-    ema_decay: of the weights that are evaluated and sampled.
+    use_labels, label_drop_prob, ema_decay: condition on labels, and drop this share of them; of
+      the weights that are evaluated and sampled.
     evals: {name: {type, every, ...}}, see `evaluators/`.
     summary: metrics shown on the way and in the table at the end.
     init_from: "stage:NAME" for a stage in the same workdir, or any run's folder; "" for none.
     init_weights, init_fresh: which weights, "ema" or "raw", and the parts to start afresh.
-    checkpoint_every: steps between checkpoints; 0 for none at all.
-    latents: None for pixels.
+    checkpoint_every: steps between checkpoints, 0 for none; latents: None for pixels.
   """
   return dict(
     trainer="autoencoder",
@@ -193,6 +199,7 @@ def autoencoder(
     use_labels=use_labels,
     label_drop_prob=label_drop_prob,
     ema_decay=ema_decay,
+    guard=dict(GUARD),
     init_from=init_from,
     init_weights=init_weights,
     init_fresh=init_fresh,
@@ -206,7 +213,9 @@ def records(a, log_every: int, checkpoint_every: int) -> dict:
   """What a run writes, and when."""
   return dict(
     log_every=log_every,
-    checkpoint=dict(every=checkpoint_every, keep=2),
+    # The newest `keep`, every `keep_every`-th step (0: none), and the best by a metric, as in
+    # "max:fewshot/class_strict_10shot_mean" ("": none).
+    checkpoint=dict(every=checkpoint_every, keep=2, keep_every=0, best=""),
     wandb=dict(mode=a.wandb_mode, project="umd"),
   )
 

@@ -149,8 +149,8 @@ class Context:
     """Runs a function that `jit` compiled over the source, or over its first `num` examples.
 
     Returns {name: [n, ...]}, one row per example in the source's order, whatever the order in which
-    they come; rows that `_mask` marks as filling are gone. Pictures are [len(shown), ...], in the
-    order of `shown`. Names not in `keep` stay on the devices.
+    they come; filling is gone, and so are examples that could not be read and need not be. Pictures
+    are [len(shown), ...], in the order of `shown`. Names not in `keep` stay on the devices.
     """
     batches = eval_batches(source, self.batch_size, **self.place())
     return self._collect(fn, params, batches, count(source, num), source.name, keep)
@@ -170,7 +170,7 @@ class Context:
     return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
   def _collect(self, fn, params, batches, n, what, keep, listen=None) -> dict[str, np.ndarray]:
-    whole, seen = {}, np.zeros(n, bool)
+    whole, seen, read = {}, np.zeros(n, bool), np.zeros(n, bool)
     clock = progress.Clock(self.progress, what, n)
 
     def fill(name, size, to, values, rows):
@@ -180,10 +180,11 @@ class Context:
 
     for out in run_ahead(lambda batch: fn(params, batch), batches, self.mesh):
       index = np.asarray(out.index)
-      rows = (np.asarray(out.mask) > 0) & (index < n)
-      for name, values in out.rows.items():
-        if keep is None or name in keep:
-          fill(name, n, index[rows], values, rows)
+      inside = index < n
+      rows = inside & (np.asarray(out.mask) > 0)  # Others inside could not be read: left out.
+      names = [name for name in out.rows if keep is None or name in keep]
+      for name in names:
+        fill(name, n, index[rows], out.rows[name], rows)
       found = np.asarray(out.found)
       if found.any():  # Pictures of other batches are never fetched.
         for name, values in out.pictures.items():
@@ -192,10 +193,10 @@ class Context:
         own = {name: local_rows(values) for name, values in out.own.items()}
         real = (own["_mask"] > 0) & (own["index"] < n)
         listen({name: values[real] for name, values in own.items()}, own["index"][real])
-      seen[index[rows]] = True
+      seen[index[inside]], read[index[rows]] = True, True
       clock(int(seen.sum()))
       if seen.all():
         break
-    if not seen.all():
-      raise ValueError(f"{what}: {n - seen.sum()} of {n} examples could not be read.")
-    return whole
+    if not seen.all() or not read.any():
+      raise ValueError(f"{what}: {n - read.sum()} of {n} examples could not be read.")
+    return whole if read.all() else whole | {name: whole[name][read] for name in names}

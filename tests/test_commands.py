@@ -63,7 +63,7 @@ def opened(monkeypatch, small_inception):
   """
   found = {}
 
-  def load(name, split, pp="", *, data_dir="", cache=False, shuffle_buffer=0):
+  def load(name, split, pp="", *, data_dir="", cache=False, shuffle_buffer=0, max_bad=-1.0):
     found[name.removeprefix("tfds:"), split] = source = data.Source(Listed(name, split), pp)
     return source
 

@@ -24,7 +24,7 @@ def disordered(source, batch_size, **place):
   for start in range(0, len(source), real):
     ids = order[start : start + real]
     mask = rng.permutation(np.arange(batch_size) < len(ids))
-    index, image = rng.integers(0, 99, batch_size), np.full((batch_size, 1, 1, 1), 1e3)
+    index, image = rng.integers(50, 99, batch_size), np.full((batch_size, 1, 1, 1), 1e3)
     index[mask], image[mask] = ids, images[ids]
     label = np.zeros(batch_size, int)
     label[mask] = labels[ids]
@@ -51,6 +51,28 @@ def test_map_returns_the_sources_order_without_filling(monkeypatch, batches, num
   np.testing.assert_array_equal(found["pixel"], np.arange(n))
   np.testing.assert_array_equal(found["label"], np.arange(n) % 7)
   np.testing.assert_array_equal(found["picture"], NUMBERS.arrays()[0][shown])
+
+
+def test_examples_that_could_not_be_read_are_left_out(monkeypatch):
+  """Two of them: their rows come, with their index and `_mask` 0."""
+
+  def with_gaps(*args, **kwargs):
+    for batch in eval_batches(*args, **kwargs):
+      batch["_mask"][np.isin(batch["index"], [3, 17])] = 0
+      yield batch
+
+  monkeypatch.setattr(contexts, "eval_batches", with_gaps)
+  context = make_context(batch_size=12)
+  found = context.map(context.jit(pixels, ["picture"], [4, 3]), {}, NUMBERS)
+  np.testing.assert_array_equal(found["pixel"], np.delete(np.arange(50), [3, 17]))
+  np.testing.assert_array_equal(found["picture"][:, 0, 0, 0], [4, 0])
+  monkeypatch.setattr(
+    contexts,
+    "eval_batches",
+    lambda *a, **k: ({**b, "_mask": 0 * b["_mask"]} for b in eval_batches(*a, **k)),
+  )
+  with pytest.raises(ValueError, match="numbers: 50 of 50"):
+    context.map(context.jit(pixels), {}, NUMBERS)
 
 
 def test_map_keeps_what_is_asked_for():

@@ -19,7 +19,8 @@ IDS = [str(file) for file in FILES]
 OURS = {"umd", "evaluators", "trainers", "configs", "train", "sample", "tools", "benchmarks"}
 PURE = {"umd.paths", "umd.masking"}
 TOOLBOX = {"umd.state", "umd.optim", "umd.sharding", "umd.checkpoint", "umd.metrics", "umd.fid"}
-TOOLBOX |= {"umd.workdir", "umd.progress"}
+TOOLBOX |= {"umd.workdir", "umd.progress", "umd.checksums", "umd.recovery", "umd.retention"}
+TOOLBOX |= {"umd.guard", "umd.goodput", "umd.lock", "umd.preemption", "umd.coordination"}
 ALONE = {"umd.probe", "umd.distributed", "umd.quantize", "umd.torch_pickle", "umd.pairwise"}
 
 # Part of the house: which others it may import. A name stands for itself and all below it; the

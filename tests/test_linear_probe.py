@@ -21,7 +21,7 @@ from umd.state import TrainState
 
 STEPS = 60
 USELESS, GOOD = 1e-6, 30.0  # Learning rates: the first leaves its head where it started.
-ACCURACIES = [f"{s}/t{t}" for t in (0, 50) for s in ("top1", "top5", "lr")]
+ACCURACIES = [f"probe/{s}/t{t}" for t in (0, 50) for s in ("top1", "top5", "lr")]
 
 
 @pytest.fixture(scope="module")
@@ -84,15 +84,24 @@ def test_both_kinds_of_features_are_probed_and_the_better_head_is_reported(finis
   summary, workdir = finished
   metrics = summary["metrics"]
   assert summary["step"] == STEPS and summary["headline"] == [
-    *("top1/t0", "top5/t0", "lr/t0", "top1/t50", "top5/t50", "lr/t50"),
+    *(
+      "probe/top1/t0",
+      "probe/top5/t0",
+      "probe/lr/t0",
+      "probe/top1/t50",
+      "probe/top5/t50",
+      "probe/lr/t50",
+    ),
   ]
   for t in (0, 50):
-    assert metrics[f"lr/t{t}"] == GOOD
-    assert metrics[f"select/t{t}/lr{GOOD:g}"] > 0.2 > metrics[f"select/t{t}/lr{USELESS:g}"]
-    assert 0.2 < metrics[f"top1/t{t}"] < metrics[f"top5/t{t}"] <= 1
-  assert metrics["top1/t0"] != metrics["top1/t50"]
+    assert metrics[f"probe/lr/t{t}"] == GOOD
+    assert (
+      metrics[f"probe/select/t{t}/lr{GOOD:g}"] > 0.2 > metrics[f"probe/select/t{t}/lr{USELESS:g}"]
+    )
+    assert 0.2 < metrics[f"probe/top1/t{t}"] < metrics[f"probe/top5/t{t}"] <= 1
+  assert metrics["probe/top1/t0"] != metrics["probe/top1/t50"]
   records = read_jsonl(str(workdir / "metrics.jsonl"))
-  assert [r["step"] for r in records if "top1/t0" in r] == [20, 40, 60]
+  assert [r["step"] for r in records if "probe/top1/t0" in r] == [20, 40, 60]
   rates = [r["lr"] for r in records if "lr" in r]
   assert len(rates) == STEPS
   assert max(rates) == 1.0 and rates[-1] < 0.05  # a share of every head's own
@@ -121,8 +130,8 @@ def test_accuracies_are_those_of_the_saved_heads(finished, encoder):
   kernel, bias = (leaf(f"['params']['{name}']")[1] for name in ("kernel", "bias"))
   logits = x @ kernel + bias
   ranks = (logits > logits[np.arange(len(labels)), labels][:, None]).sum(axis=1)
-  assert summary["metrics"]["top1/t0"] == pytest.approx((ranks < 1).mean(), abs=0.01)
-  assert summary["metrics"]["top5/t0"] == pytest.approx((ranks < 5).mean(), abs=0.01)
+  assert summary["metrics"]["probe/top1/t0"] == pytest.approx((ranks < 1).mean(), abs=0.01)
+  assert summary["metrics"]["probe/top5/t0"] == pytest.approx((ranks < 5).mean(), abs=0.01)
 
 
 def test_an_interrupted_probe_continues_bitwise(finished, encoder, tmp_path, monkeypatch):
@@ -156,9 +165,9 @@ def test_the_learning_rate_is_chosen_on_select_and_not_on_test(encoder, tmp_path
   select = {"select.name": f"npz:{wrong}", "select.split": "all"}
   config = probe_config(",use_noised_pred=False", **select)
   metrics = run(config, tmp_path / "run", encoder)["metrics"]
-  assert metrics[f"select/t0/lr{USELESS:g}"] > metrics[f"select/t0/lr{GOOD:g}"]
-  assert metrics["lr/t0"] == USELESS
-  assert metrics["top1/t0"] < 0.25  # of that head, on the honest test
+  assert metrics[f"probe/select/t0/lr{USELESS:g}"] > metrics[f"probe/select/t0/lr{GOOD:g}"]
+  assert metrics["probe/lr/t0"] == USELESS
+  assert metrics["probe/top1/t0"] < 0.25  # of that head, on the honest test
   assert not any("t50" in name for name in metrics)
 
 

@@ -2,11 +2,7 @@
 
 import json
 import os
-import random
-import signal
-import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -15,6 +11,7 @@ import pytest
 
 from configs import quickstart
 from trainers import autoencoder, stages
+from umd import data
 from umd.metrics import read_jsonl
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -71,36 +68,6 @@ def last_step(path: str) -> int:
   return records[-1]["step"] if records else 0
 
 
-def test_killed_run_continues_bitwise(tmp_path):
-  """SIGKILL at a random step, the same command again: every number as if nothing had happened."""
-  kill_at = random.Random(os.getpid()).randrange(5, STEPS // 2)
-  # One device, and as many threads as the machine has cores: conftest's settings are for four.
-  environment = {k: v for k, v in os.environ.items() if k != "NPROC"}
-  environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
-  environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "compiled")  # once for all three
-  start = lambda name: subprocess.Popen(
-    command(str(tmp_path / name)), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
-  )
-  assert start("whole").wait() == 0
-  killed = start("killed")
-  log = str(tmp_path / "killed/pretrain/metrics.jsonl")
-  while last_step(log) < kill_at - 4 and killed.poll() is None:
-    time.sleep(0.05)
-  killed.send_signal(signal.SIGKILL)
-  killed.wait()
-  assert not (tmp_path / "killed/pretrain/summary.json").exists(), "killed too late to tell"
-  assert start("killed").wait() == 0
-
-  whole, resumed = (str(tmp_path / name / "pretrain") for name in ("whole", "killed"))
-  want, got = saved_state(whole, STEPS), saved_state(resumed, STEPS)
-  assert want.keys() == got.keys()
-  assert any("opt_state" in leaf for leaf in want)
-  for leaf in want:
-    assert np.array_equal(want[leaf], got[leaf]), f"killed at about step {kill_at}: {leaf}"
-  records = [timeless(read_jsonl(os.path.join(d, "metrics.jsonl"))) for d in (whole, resumed)]
-  assert records[0] == records[1]
-
-
 def test_stages_run_in_order_and_a_finished_one_is_not_run_again(tmp_path, capsys):
   arguments = (
     "variant=nano/2,steps=3,finetune_steps=2,batch_size=32,num_samples=20,sampling_steps=2"
@@ -154,22 +121,37 @@ def test_labels_cannot_be_used_where_there_are_none(tmp_path):
     autoencoder.prepare(config, str(tmp_path / "run"), str(tmp_path))
 
 
-def test_a_value_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
-  from umd import data
-
+def poison(monkeypatch, bad):
+  """Makes the images of the steps for which `bad(step)` is true NaN."""
   honest = data.train_batches
 
-  def poisoned(*args, **kwargs):
-    for step, batch in enumerate(honest(*args, **kwargs), 1):
-      if step == 6:
+  def poisoned(*args, start_step=0, **kwargs):
+    batches = honest(*args, start_step=start_step, **kwargs)
+    for step, batch in enumerate(batches, start_step + 1):
+      if bad(step):
         batch["image"] = np.full_like(batch["image"], np.nan)
       yield batch
 
   monkeypatch.setattr(data, "train_batches", poisoned)
-  with pytest.raises(FloatingPointError, match=r"Step 6: .*loss"):
-    train(pretrain_config(), tmp_path)
-  # The state that went bad was never saved.
-  assert sorted(os.listdir(tmp_path / "checkpoints")) == ["4"]
+
+
+def test_a_batch_that_is_not_finite_is_skipped_and_told(tmp_path, monkeypatch, capsys):
+  poison(monkeypatch, lambda step: step in (6, 7))
+  summary = train(pretrain_config(steps=12, evals={}), tmp_path)
+  assert summary["step"] == 12 and np.isfinite(summary["metrics"]["loss"])
+  assert "not applied: step 6, 7: grad_norm, loss" in capsys.readouterr().out
+  skipped = {r["step"]: r["skipped"] for r in read_jsonl(str(tmp_path / "metrics.jsonl"))}
+  assert skipped == {4: 0, 8: 2, 12: 0}
+  for leaf, value in saved_state(str(tmp_path), 12).items():
+    assert np.isfinite(value).all(), leaf
+
+
+def test_values_that_stay_not_finite_stop_the_run_and_are_found(tmp_path, monkeypatch):
+  poison(monkeypatch, lambda step: step >= 6)
+  config = pretrain_config(evals={}, **{"guard.max_skipped": 5})
+  with pytest.raises(FloatingPointError, match=r"Step 10: .*5 steps in a row.*\n?.*image"):
+    train(config, tmp_path)
+  assert {"nonfinite_step_10.npz", "nonfinite_step_10.txt"} <= set(os.listdir(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 """Trains a masked-diffusion auto-encoder: MAE, UMD, DiT, MaskDiT, as its config's streams say."""
 
-import contextlib
 import os
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,10 +11,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import evaluators
-from trainers import logs, methods, runs
-from umd import data, metrics, optim, sharding, transfer
+from trainers import logs, methods, nonfinite, runs
+from trainers.loop import Loop, train_batches
+from umd import data, optim, sharding, transfer
 from umd import workdir as folder
-from umd.checkpoint import Checkpoints, load_params
+from umd.checkpoint import load_params
+from umd.guard import Guard
 from umd.inference import Inference
 from umd.models.autoencoder import AutoEncoder
 from umd.objectives import Stream, make_loss
@@ -24,7 +24,7 @@ from umd.paths import make_path
 from umd.state import init_state, make_train_step
 
 # What may change between two starts of one run without making it another run.
-HARMLESS = ("checkpoint", "evals", "fsdp", "log_every", "summary", "wandb")
+HARMLESS = ("checkpoint", "data.max_bad", "evals", "fsdp", "log_every", "summary", "wandb")
 
 
 def make_model(config: ConfigDict, image_size: tuple[int, int, int], num_classes: int):
@@ -132,13 +132,14 @@ def run(
     init_from: workdir of the run whose weights to start from; empty for none.
     wandb_key: API key of Weights & Biases.
   """
-  say, started = logs.printer(name), time.time()
+  say = logs.printer(name)
   parts = prepare(config, workdir, cache, init_from)
-  mesh, source, model, steps, scheduled = *parts[:4], parts.evaluators
+  guard = Guard(**config.guard.to_dict())
+  loop = Loop(config, workdir, name)
 
   # State: new, started from another run, or the one that was interrupted.
   key = jax.random.key(config.seed)
-  state = init_state(init_params(model), parts.tx, key, mesh, config.fsdp)
+  state = init_state(init_params(parts.model), parts.tx, key, parts.mesh, config.fsdp)
   step_fn = make_train_step(
     parts.loss,
     parts.tx,
@@ -146,66 +147,35 @@ def run(
     ema_decay=config.ema_decay,
     seed=config.seed,
     state=state,
+    guard=guard,
   )
-  checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-  step, position = checkpoints.latest() or 0, 0
-  if step:
-    state, saved = checkpoints.restore(state, step)
-    position = saved["position"]
-    say(f"resumed at step {step}")
-  elif init_from:
-    state, init_step = start_from(state, init_from, config, model)
+  state = loop.restore(state)
+  if not loop.step and init_from:
+    state, init_step = start_from(state, init_from, config, parts.model)
     say(f"started from {init_from}, step {init_step}, {config.init_weights} weights")
   say(methods.describe(state.params, parts.streams, config.batch_size))
-
   if jax.process_index() == 0:
-    folder.start(workdir, config.to_dict())
-    folder.write_json(os.path.join(workdir, "model.json"), runs.describe_model(model))
-  writer = logs.make_writer(config, workdir, step, wandb_key)
+    path = os.path.join(workdir, "model.json")
+    folder.write_json(path, runs.describe_model(parts.model))
 
-  def evaluate(step):
-    for s in scheduled:
-      if s.due(step, steps):
-        began = time.perf_counter()
-        values = {f"{s.name}/{k}": v for k, v in s.evaluator(state)}
-        writer.write(step, values)
-        seconds = time.perf_counter() - began
-        numbers = logs.shown(config.summary, values, f"{s.name}/")
-        say(f"step {step}  {s.name} ({seconds:.0f} s)  {numbers}")
+  newest = {}  # The state after the last step, for whoever must look into it.
 
-  # The loop: no value leaves the device but at logs, evaluations and checkpoints.
-  batches = data.train_batches(
-    source,
-    config.batch_size,
-    seed=config.seed,
-    start_step=position // config.batch_size,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+  def step(state, batch):
+    newest["state"], values = step_fn(state, batch)
+    return newest["state"], values
+
+  def inspect(number: int) -> str:
+    batches_from = lambda n: train_batches(parts.source, config.batch_size, config.seed, n)
+    params = newest["state"].params
+    return nonfinite.inspect(parts, batches_from, params, number, config.seed, workdir)
+
+  return loop.run(
+    state,
+    step,
+    parts.source,
+    parts.evaluators,
+    parts.steps,
+    pending=logs.StepMetrics(guard.max_skipped, inspect),
+    mesh=parts.mesh,
+    wandb_key=wandb_key,
   )
-  pending, progress = logs.StepMetrics(), metrics.Progress(steps, step, config.batch_size)
-  # However the loop ends, a save under way is completed and the logs are closed.
-  with contextlib.closing(checkpoints), contextlib.closing(writer):
-    for batch in sharding.prefetch(batches, mesh):
-      if step == steps:
-        break
-      state, values = step_fn(state, batch)
-      step += 1
-      pending.add(step, values)
-      last, every = step == steps, config.checkpoint.every
-      evaluating = any(s.due(step, steps) for s in scheduled)
-      saving = every > 0 and (last or step % every == 0)
-      if last or evaluating or saving or step % config.log_every == 0:
-        logs.log(step, steps, pending, progress, writer, say)
-      if evaluating:
-        evaluate(step)
-      if saving:
-        # After the metrics are safe: a checkpoint promises that everything up to it is written.
-        writer.flush()
-        checkpoints.save(state, step, {"position": step * config.batch_size})
-      if evaluating:
-        progress.resume(step)
-
-  summary = logs.summarise(name, step, started, config.summary, writer)
-  if jax.process_index() == 0:
-    folder.finish(workdir, summary)
-  return summary

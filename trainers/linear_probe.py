@@ -5,8 +5,6 @@ dense layer, LARS. A grid of learning rates, and features of clean and of noised
 once on one pass through the encoder.
 """
 
-import contextlib
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,12 +16,13 @@ from ml_collections import ConfigDict
 import evaluators
 from trainers import logs, runs
 from trainers.autoencoder import count_steps
-from umd import data, metrics, optim, probe, sharding
+from trainers.loop import Loop
+from umd import data, optim, probe, sharding
 from umd import workdir as folder
-from umd.checkpoint import Checkpoints, load_params
+from umd.checkpoint import load_params
 from umd.inference import Inference, example_keys
 
-HARMLESS = ("checkpoint", "eval_every", "log_every", "summary", "wandb")
+HARMLESS = ("checkpoint", "data.max_bad", "eval_every", "log_every", "summary", "wandb")
 STATISTICS = ("top1", "top5")
 
 
@@ -146,14 +145,15 @@ def run(
 ) -> dict:
   """Trains the heads to the last step and returns the summary; resumes as the auto-encoder does.
 
-  Yields, for every timestep, "top1/t<t>" and "top5/t<t>" on the test split of the head that is best
-  on the `select` split, its learning rate "lr/t<t>", and "select/t<t>/lr<lr>" of all heads.
+  Logs, for every timestep, "probe/top1/t<t>" and "probe/top5/t<t>" on the test split of the head
+  that is best on the `select` split, its learning rate "probe/lr/t<t>", and
+  "probe/select/t<t>/lr<lr>" of all heads.
   Arguments as in `trainers.autoencoder.run`.
   """
-  say, started = logs.printer(name), time.time()
+  say = logs.printer(name)
   prepare(config, workdir, cache)
   mesh, trained, train, held_out, steps, schedule = _build(config, sharding.make_mesh(), init_from)
-  everywhere = sharding.replicated(mesh)
+  loop = Loop(config, workdir, name)
   params, run_step = load_params(trained.folder, config.init_weights)
   params = sharding.replicate(params, mesh)
   width, classes = trained.model.shape.width, train.num_classes
@@ -161,13 +161,10 @@ def run(
     t: probe.init_probe(key, len(config.lrs), width, classes, config.wd)
     for t in timestep_names(config)
   }
+  everywhere = sharding.replicated(mesh)
   states = jax.jit(init, out_shardings=everywhere)(jax.random.key(config.seed))
+  states = loop.restore(states)
   step_fn = make_step(trained.inference, config, schedule, mesh)
-  checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-  step = checkpoints.latest() or 0
-  if step:
-    states, _ = checkpoints.restore(states, step)
-    say(f"resumed at step {step}")
   say(
     f"probes {trained.folder}, step {run_step}, {config.init_weights} weights: {classes} classes, "
     f"{len(config.lrs)} learning rates x timesteps {tuple(config.timesteps)}"
@@ -175,45 +172,23 @@ def run(
   size = config.eval_batch_size
   context = evaluators.Context(trained.inference, trained.streams, mesh, size, config.seed, cache)
   judge = make_judge(context, config)
-  if jax.process_index() == 0:
-    folder.start(workdir, config.to_dict())
-  writer = logs.make_writer(config, workdir, step, wandb_key)
 
-  def evaluate(step):
+  def evaluate(states):
     found = {part: judge(params, states, source) for part, source in held_out.items()}
-    values = {}
     for t in timestep_names(config):
       chosen = int(found["select"][t]["top1"].argmax())
-      values |= {f"{s}/{t}": found["test"][t][s][chosen] for s in STATISTICS}
-      values[f"lr/{t}"] = config.lrs[chosen]
+      yield from ((f"{s}/{t}", found["test"][t][s][chosen]) for s in STATISTICS)
+      yield f"lr/{t}", config.lrs[chosen]
       for lr, accuracy in zip(config.lrs, found["select"][t]["top1"], strict=True):
-        values[f"select/{t}/lr{lr:g}"] = accuracy
-    writer.write(step, values)
-    say(f"step {step}  {logs.shown(config.summary, values)}")
+        yield f"select/{t}/lr{lr:g}", accuracy
 
-  place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-  batches = data.train_batches(train, config.batch_size, seed=config.seed, start_step=step, **place)
-  pending, progress = logs.StepMetrics(), metrics.Progress(steps, step, config.batch_size)
-  with contextlib.closing(checkpoints), contextlib.closing(writer):
-    for batch in sharding.prefetch(batches, mesh):
-      if step == steps:
-        break
-      states, values = step_fn(states, params, batch)
-      step += 1
-      pending.add(step, values)
-      last = step == steps
-      evaluating = last or step % config.eval_every == 0
-      saving = last or step % config.checkpoint.every == 0
-      if last or evaluating or saving or step % config.log_every == 0:
-        logs.log(step, steps, pending, progress, writer, say)
-      if evaluating:
-        evaluate(step)
-      if saving:
-        writer.flush()
-        checkpoints.save(states, step, {"position": step * config.batch_size})
-      if evaluating:
-        progress.resume(step)
-  summary = logs.summarise(name, step, started, config.summary, writer)
-  if jax.process_index() == 0:
-    folder.finish(workdir, summary)
-  return summary
+  return loop.run(
+    states,
+    lambda states, batch: step_fn(states, params, batch),
+    train,
+    [evaluators.Scheduled("probe", config.eval_every, evaluate)],
+    steps,
+    pending=logs.StepMetrics(),
+    mesh=mesh,
+    wandb_key=wandb_key,
+  )

@@ -3,7 +3,7 @@
 import fnmatch
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import jax
 import numpy as np
@@ -54,41 +54,78 @@ def summarise(name: str, step: int, started: float, patterns: Sequence[str], wri
   }
 
 
+# Metrics of the guard (`umd.guard`): numbers of steps, and what is not logged.
+COUNTS, INTERNAL = ("skipped", "spikes"), ("skipped_row",)
+
+
 class StepMetrics:
   """Metrics of the steps since the last log, left on the device until they are needed."""
 
-  def __init__(self):
+  def __init__(self, max_skipped: int = 1, inspect: Callable[[int], str] = lambda step: ""):
+    """Starts with no step pending.
+
+    Args:
+      max_skipped: steps in a row that are not applied and end the run, as the guard was told.
+        (Where metrics have no "skipped", every step is applied.)
+      inspect: `inspect(step)`, called before the run ends, says what is wrong in that step.
+    """
     self._pending = []
+    self._max_skipped, self._inspect = max_skipped, inspect
 
   def add(self, step: int, values: dict[str, jax.Array]) -> None:
     self._pending.append((step, values))
 
-  def drain(self) -> dict[str, float]:
-    """Means over the pending steps (of "lr": the last).
+  def drain(self, say: Callable[[str], None] | None = None) -> dict[str, float]:
+    """Means over the pending steps that were applied (of "lr": the last); numbers of others.
+
+    If no step was applied, "skipped" and "spikes" are all that is returned.
+
+    Args:
+      say: is told which steps were not applied, and why.
 
     Raises:
-      FloatingPointError: the loss or the gradient of a step was not finite; names the first.
+      FloatingPointError: `max_skipped` steps in a row were not applied, or a step that was applied
+        is not finite; names the step, and says what `inspect` says of it.
     """
     steps = [step for step, _ in self._pending]
     fetched = jax.device_get([values for _, values in self._pending])
     self._pending = []
+    applied, reasons = [], {}
     for step, values in zip(steps, fetched, strict=True):
-      bad = [k for k, v in values.items() if not np.isfinite(v)]
-      if bad:
-        raise FloatingPointError(
-          f"Step {step}: {', '.join(bad)} not finite. Parameters are lost from this step on; the "
-          "last checkpoint is from before. Lower optim.lr or optim.clip_norm (of a linear probe: "
-          "lrs), or look at the data."
-        )
-    means = {k: float(np.mean([v[k] for v in fetched])) for k in (fetched[0] if fetched else ())}
-    return {**means, "lr": float(fetched[-1]["lr"])} if fetched else {}
+      bad = ", ".join(k for k, v in values.items() if not np.isfinite(v))
+      reason = f"{bad} not finite" if bad else f"loss {values['loss']:.4g}, a spike"
+      if not values.get("skipped", 0):
+        applied.append(values)
+        if bad:
+          self._stop(step, f"{reason}. Parameters are lost from this step on.")
+      elif values["skipped_row"] >= self._max_skipped:
+        row = f"{int(values['skipped_row'])} steps in a row were not applied"
+        self._stop(step, f"{reason}; {row}. Parameters are as they were before.")
+      else:
+        reasons.setdefault(reason, []).append(step)
+    for reason, skipped in reasons.items() if say else ():
+      say(f"not applied: step {', '.join(map(str, skipped))}: {reason}")
+    names = [k for k in (applied[0] if applied else ()) if k not in (*COUNTS, *INTERNAL)]
+    means = {k: float(np.mean([v[k] for v in applied])) for k in names}
+    means |= {"lr": float(applied[-1]["lr"])} if applied else {}
+    return means | {
+      k: int(sum(v[k] for v in fetched)) for k in COUNTS if fetched and k in fetched[0]
+    }
+
+  def _stop(self, step: int, what: str) -> None:
+    raise FloatingPointError(
+      f"Step {step}: {what} {self._inspect(step)}\nThe last checkpoint is from before. Lower "
+      "optim.lr or optim.clip_norm (of a linear probe: lrs), or look at the data; of spikes, raise "
+      "guard.spike_sigma."
+    )
 
 
-def log(step: int, steps: int, pending: StepMetrics, progress, writer, say) -> None:
-  """Writes what is pending, and the pace; tells the loss and the remaining time."""
-  values, pace = pending.drain(), progress.tick(step)
-  writer.write(step, {**values, "images_per_second": pace["images_per_second"]})
+def log(step, steps, pending: StepMetrics, progress, writer, say, shares: dict) -> None:
+  """Writes what is pending, the pace and the shares of time; tells loss and remaining time."""
+  values, pace = pending.drain(say), progress.tick(step)
+  writer.write(step, {**values, "images_per_second": pace["images_per_second"], **shares})
+  loss = f"{values['loss']:.4f}" if "loss" in values else "of no step"
   say(
-    f"step {step}/{steps}  loss {values['loss']:.4f}  "
+    f"step {step}/{steps}  loss {loss}  "
     f"{pace['images_per_second']:.0f} images/s  ETA {format_seconds(pace['eta_seconds'])}"
   )

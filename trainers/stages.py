@@ -5,7 +5,8 @@ import os
 
 from ml_collections import ConfigDict
 
-from trainers import logs, runs
+from trainers import logs, runs, validate
+from umd import lock, preemption
 from umd import workdir as folder
 
 
@@ -26,10 +27,18 @@ def run(config: ConfigDict, workdir: str, wandb_key: str | None = None) -> list[
   All of them are built once before the first trains, so that a mistake in the last does not wait
   for its turn, and no finished one is passed over that was another run. `init_from` of a stage may
   be "stage:NAME", a stage in the same workdir, or any run's folder. A key for Weights & Biases
-  switches it on.
+  switches it on. Until the end no other run of these stages may start in the workdir.
   """
-  plan, cache = stages(config, workdir), cache_folder(workdir)
+  for remark in validate.validate(config, workdir):
+    logs.printer("config")(remark)
+  plan = stages(config, workdir)
   folder.check_writable(workdir)
+  with lock.hold(workdir, [name for name, _, _ in plan]):
+    return _run(plan, workdir, wandb_key)
+
+
+def _run(plan, workdir: str, wandb_key: str | None) -> list[dict]:
+  cache = cache_folder(workdir)
   summaries = {name: folder.finished(stage_dir) for name, _, stage_dir in plan}
   started_from = {name: runs.locate(stage.init_from, workdir) for name, stage, _ in plan}
   to_come = set()
@@ -44,6 +53,8 @@ def run(config: ConfigDict, workdir: str, wandb_key: str | None = None) -> list[
     if summaries[name]:
       logs.printer(name)(f"is finished (step {summaries[name]['step']}), see {stage_dir}")
       continue
+    if preemption.requested():  # Since the stage before has ended.
+      raise preemption.preempted()
     summaries[name] = trainer(stage).run(
       stage, stage_dir, name, cache=cache, init_from=started_from[name], wandb_key=wandb_key
     )

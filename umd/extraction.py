@@ -104,7 +104,7 @@ class Gatherer:
     self._scores = {s: fid.Scores(num, LOGITS, s) for s in splittings}
     keep = min(keep, num)
     self._kept = np.arange(keep, dtype=np.int64) * num // max(keep, 1)
-    self._features = np.zeros((keep, POOL), np.float32)
+    self._features, self._seen = np.zeros((keep, POOL), np.float32), np.zeros(keep, np.float32)
 
   def __call__(self, rows: Mapping[str, np.ndarray], index: np.ndarray) -> None:
     """Adds rows {pool, spatial, logits} of the images at these places [b], each place once."""
@@ -116,19 +116,24 @@ class Gatherer:
       place = np.minimum(np.searchsorted(self._kept, index), len(self._kept) - 1)
       wanted = self._kept[place] == index
       self._features[place[wanted]] = rows["pool"][wanted]
+      self._seen[place[wanted]] = 1
 
-  def statistics(self) -> Statistics:
+  def statistics(self, unreadable: int = 0) -> Statistics:
     """Of the images of all processes; to be called by all of them.
+
+    Args:
+      unreadable: so many of this process's share may be missing.
 
     Raises:
       ValueError: there were not as many as announced.
     """
+    missing = sum(int(n[0]) for (n,) in each_process([np.array([unreadable], np.int32)]))
     gaussians = {}
     for part, moments in self._moments.items():
       total = fid.Moments(len(moments.mean))
       for arrays in _of_all(moments.arrays()):
         total.merge(fid.Moments.from_arrays(**arrays))
-      if total.count != self._num:
+      if not self._num - missing <= total.count <= self._num:
         raise ValueError(f"{self._name}: {total.count} of {self._num} images could be read.")
       gaussians[part] = Gaussian(total.mean, total.covariance)
     scores = {}
@@ -136,9 +141,15 @@ class Gatherer:
       scores[splitting] = fid.Scores(self._num, LOGITS, splitting)
       for arrays in _of_all(own.arrays()):
         scores[splitting].add(**arrays)
-    features = sum(part for (part,) in each_process([self._features])) if len(self._kept) else None
-    about = dict(features=features, scores=scores, inception=self._inception)
-    return Statistics(self._name, self._num, **gaussians, **about)
+    about = dict(features=self._all_features(), scores=scores, inception=self._inception)
+    return Statistics(self._name, total.count, **gaussians, **about)
+
+  def _all_features(self) -> np.ndarray | None:
+    """The kept rows of all processes, None if none were to be kept."""
+    if not len(self._kept):
+      return None
+    features, seen = map(sum, zip(*each_process([self._features, self._seen]), strict=True))
+    return features[seen > 0]
 
 
 def _of_all(arrays: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
@@ -198,4 +209,4 @@ def describe(
     gather({name: values[real] for name, values in rows.items()}, rows["index"][real])
     done += batch_size
     clock(min(done, len(source)))
-  return gather.statistics()
+  return gather.statistics(len(source.bad))

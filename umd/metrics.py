@@ -25,6 +25,11 @@ class Images:
   pixels: UInt8[np.ndarray, "h w c"]
 
 
+def numbers(values: dict) -> dict[str, float]:
+  """The numbers among values of all types."""
+  return {k: float(v) for k, v in values.items() if not isinstance(v, (str, Images))}
+
+
 def to_grid(images: np.ndarray, columns: int, scale: int = 1, gap: int = 1) -> Images:
   """Tiles [n, H, W, C] in [-1, 1] into rows of `columns`, each pixel drawn `scale` x `scale`.
 
@@ -212,15 +217,12 @@ class Writer:
     self._sinks = sinks
     self.latest = {}
     for record in earlier:
-      self._remember({k: v for k, v in record.items() if k != "step"})
-
-  def _remember(self, values: dict[str, float | str]) -> None:
-    self.latest.update({k: v for k, v in values.items() if not isinstance(v, str)})
+      self.latest.update(numbers({k: v for k, v in record.items() if k != "step"}))
 
   def write(self, step: int, values: dict[str, float | str | Images]) -> None:
     plain = {k: v for k, v in values.items() if not isinstance(v, Images)}
     plain = {k: v if isinstance(v, str) else float(v) for k, v in plain.items()}
-    self._remember(plain)
+    self.latest.update(numbers(plain))
     for sink in self._sinks:
       if plain:
         sink.values(step, plain)

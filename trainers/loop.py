@@ -1,0 +1,181 @@
+"""The loop of every trainer: steps, logs, evaluations and checkpoints, and whatever ends it early.
+
+A loop is opened before there is a state, which it may find in a checkpoint, and is left with its
+logs closed and its last save completed, however it ends.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+from ml_collections import ConfigDict
+
+from evaluators import Scheduled
+from trainers import interruption, logs
+from umd import data, metrics, preemption, sharding
+from umd import workdir as folder
+from umd.checkpoint import Checkpoints
+from umd.goodput import Goodput
+
+BAD_DATA = "bad_data.txt"
+
+
+class Loop:
+  """One start of a run.
+
+  Attributes:
+    step: the step it begins from; 0 unless it resumes.
+  """
+
+  def __init__(self, config: ConfigDict, workdir: str, name: str):
+    """Opens the run's checkpoints.
+
+    Args:
+      config: the trainer's; its `checkpoint`, `log_every`, `summary` and `wandb` count here.
+      workdir: of the run.
+      name: shown in front of every line printed.
+    """
+    self._config, self._workdir, self._name = config, workdir, name
+    self._say, self._started, self._goodput = logs.printer(name), time.time(), Goodput(workdir)
+    retention = {k: v for k, v in config.checkpoint.items() if k != "every"}
+    self._checkpoints = Checkpoints(workdir, **retention, say=self._say)
+    self.step, self._interrupted = 0, {}
+
+  def restore(self, state):
+    """The state of the newest good checkpoint, placed as `state` is; `state` if there is none."""
+    found = self._checkpoints.restore_newest(state)
+    if found is None:
+      return state
+    for report in found.reports:
+      self._say(f"WARNING: {report}")
+    self.step, self._interrupted = found.step, found.data.get("interrupted", {})
+    self._say(f"resumed at step {self.step}")
+    return found.state
+
+  def run(
+    self,
+    state,
+    step_fn: Callable,
+    source: data.Source,
+    scheduled: Sequence[Scheduled],
+    steps: int,
+    *,
+    pending: logs.StepMetrics,
+    mesh,
+    wandb_key: str | None = None,
+  ) -> dict:
+    """Trains to the last step; returns the summary, which it also writes.
+
+    Args:
+      state: to begin from; `evaluator(state)` yields (name, value).
+      step_fn: (state, batch) -> (state, metrics on the devices).
+      source: what to train on.
+      scheduled: evaluators.
+      steps: the last step.
+      pending: collects the metrics of steps; `logs.StepMetrics`.
+      mesh: all devices.
+      wandb_key: API key of Weights & Biases.
+
+    Raises:
+      Preempted: a signal ended it; it goes on at the next start.
+      FloatingPointError: numbers are not finite, see `logs.StepMetrics`.
+      OSError: the last checkpoint could not be written.
+    """
+    self._scheduled, self._steps, self._pending = {s.name: s for s in scheduled}, steps, pending
+    self._source = source
+    if jax.process_index() == 0:
+      folder.start(self._workdir, self._config.to_dict())
+    self._goodput.resume(self.step)
+    self._writer = logs.make_writer(self._config, self._workdir, self.step, wandb_key)
+    batch_size = self._config.batch_size
+    self._progress = metrics.Progress(steps, self.step, batch_size)
+    interruption.restore(self._interrupted, pending)
+    with preemption.protect(), self._checkpoints, contextlib.closing(self._writer):
+      left = interruption.unevaluated(self._interrupted, self._workdir, self.step)
+      left = self._evaluate(state, left)[0]
+      batches = train_batches(source, batch_size, self._config.seed, self.step)
+      for batch in self._goodput.waiting(sharding.prefetch(batches, mesh)):
+        if self.step == steps:
+          break
+        with self._goodput.step():
+          state, values = step_fn(state, batch)
+        self.step += 1
+        pending.add(self.step, values)
+        left, stopping = self._after_step(state)
+        if stopping and (self.step < steps or left):
+          saves = self._config.checkpoint.every > 0
+          raise interruption.ended(self.step, steps, saves, self._say)
+    return self._finish()
+
+  def _after_step(self, state) -> tuple[list[str], bool]:
+    """Logs, evaluates and saves if it is time; (evaluators left undone, whether to stop)."""
+    step, every, last = self.step, self._config.checkpoint.every, self.step == self._steps
+    due = [s.name for s in self._scheduled.values() if s.due(step, self._steps)]
+    saving = every > 0 and (last or step % every == 0)
+    if last or due or saving or step % self._config.log_every == 0:
+      shares = self._goodput.shares()
+      logs.log(step, self._steps, self._pending, self._progress, self._writer, self._say, shares)
+      self._report_bad_data()
+    left, values = self._evaluate(state, due)
+    stopping = preemption.requested()
+    if saving or (stopping and every > 0):
+      # After the metrics are safe: a checkpoint promises that everything up to it is written.
+      self._writer.flush()
+      position = {"position": step * self._config.batch_size}
+      if stopping:
+        position["interrupted"] = interruption.describe(self._pending, left)
+      with self._goodput.save(step):
+        self._checkpoints.save(state, step, position, values)
+    if due:
+      self._progress.resume(step)
+    return left, stopping
+
+  def _evaluate(self, state, names: Sequence[str]) -> tuple[list[str], dict[str, float]]:
+    """Runs these evaluators; (those left because the run is to end, the numbers of the others)."""
+    numbers = {}
+    for i, name in enumerate(names):
+      began = time.perf_counter()
+      try:
+        with self._goodput.timer("evaluation"):
+          preemption.check()
+          values = {f"{name}/{k}": v for k, v in self._scheduled[name].evaluator(state)}
+      except preemption.EvaluationStopped:
+        return list(names[i:]), numbers
+      self._writer.write(self.step, values)
+      numbers |= metrics.numbers(values)
+      seconds = time.perf_counter() - began
+      shown = logs.shown(self._config.summary, values, f"{name}/")
+      self._say(f"step {self.step}  {name} ({seconds:.0f} s)  {shown}")
+    return [], numbers
+
+  def _report_bad_data(self) -> None:
+    """Lists the examples that could not be read; of several processes each has a file.
+
+    Those of earlier starts stay in the list.
+    """
+    if not self._source.bad:
+      return
+    process = f"{jax.process_index()}_" if jax.process_count() > 1 else ""
+    path = os.path.join(self._workdir, process + BAD_DATA)
+    old = (folder.read_bytes(path) or b"").decode(errors="replace").splitlines()
+    lines = sorted({*old, *self._source.bad_report().splitlines()})
+    if lines != old:
+      text = "\n".join(lines) + "\n"
+      folder.write_bytes(path, text.encode(errors="backslashreplace"))
+
+  def _finish(self) -> dict:
+    self._writer.latest.update(self._goodput.shares())
+    summary = logs.summarise(
+      self._name, self.step, self._started, self._config.summary, self._writer
+    )
+    if jax.process_index() == 0:
+      folder.finish(self._workdir, summary)
+    return summary
+
+
+def train_batches(source: data.Source, batch_size: int, seed: int, step: int):
+  """This process's rows of the batches after step `step`."""
+  place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+  return data.train_batches(source, batch_size, seed=seed, start_step=step, **place)
