@@ -247,9 +247,9 @@ def _newest(workdir: str, quick: bool) -> tuple[epath.Path, int]:
   return epath.Path(folder) / str(found.step) / "state", found.step
 
 
-def _tree(checkpointer: ocp.Checkpointer, path: epath.Path) -> dict:
+def _tree(path: epath.Path) -> dict:
   """What a checkpoint says that it holds; TensorStore refuses names that lead out of its folder."""
-  about = checkpointer.metadata(path).item_metadata
+  about = ocp.PyTreeCheckpointHandler().metadata(path)
   if about is None or not about.tree:
     raise ValueError(f"{path} holds no train state that can be read. Remove it, or bring it back.")
   return about.tree
@@ -270,11 +270,10 @@ def param_shapes(workdir: str) -> dict:
     FileNotFoundError: there is no complete checkpoint.
     ValueError: all are damaged.
   """
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    try:
-      return _tree(checkpointer, _newest(workdir, quick=True)[0])[WEIGHTS["raw"]]
-    except ValueError:  # Shapes are in small files, and now and then in a large one.
-      return _tree(checkpointer, _newest(workdir, quick=False)[0])[WEIGHTS["raw"]]
+  try:
+    return _tree(_newest(workdir, quick=True)[0])[WEIGHTS["raw"]]
+  except ValueError:  # Shapes are in small files, and now and then in a large one.
+    return _tree(_newest(workdir, quick=False)[0])[WEIGHTS["raw"]]
 
 
 def load_params(workdir: str, weights: str = "ema") -> tuple[dict, int]:
@@ -293,7 +292,7 @@ def load_params(workdir: str, weights: str = "ema") -> tuple[dict, int]:
   field = _field(weights)
   path, step = _newest(workdir, quick=False)
   with ocp.PyTreeCheckpointer() as checkpointer:
-    wanted = {field: _tree(checkpointer, path)[field]}
+    wanted = {field: _tree(path)[field]}
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     state = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
     return checkpointer.restore(path, args=state)[field], step
