@@ -17,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 24
+PATIENCE = 600  # Seconds for a start, on a machine that has much else to do.
 # Evaluations every 8 steps, by two evaluators; logs every 3, so that steps between two of them are
 # under way when a checkpoint is not due.
 TINY = f"""
@@ -109,7 +110,7 @@ class Start:
 
   def stop(self, number: int, when) -> int:
     """Sends the signal as soon as `when()` is true; the exit status."""
-    until = time.monotonic() + 120
+    until = time.monotonic() + PATIENCE
     while not when() and self.process.poll() is None and time.monotonic() < until:
       time.sleep(0.003)
     self.process.send_signal(number)
@@ -117,7 +118,7 @@ class Start:
 
   def end(self) -> int:
     try:
-      return self.process.wait(120)
+      return self.process.wait(PATIENCE)
     finally:
       self.process.kill()
 
@@ -168,7 +169,7 @@ def test_a_run_killed_in_every_kind_of_moment_continues_bitwise(whole):
 
 
 def wait_for(start: Start, word: str) -> str:
-  until = time.monotonic() + 120
+  until = time.monotonic() + PATIENCE
   while word not in start.told() and time.monotonic() < until and start.process.poll() is None:
     time.sleep(0.02)
   return start.told()
