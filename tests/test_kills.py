@@ -178,7 +178,7 @@ def wait_for(start: Start, word: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_a_run_stopped_twenty_times_continues_bitwise(whole, seed):
-  """Twenty signals in sum that hit, one of three SIGTERM, at any moment of a start; 10 minutes."""
+  """Twenty signals in sum that hit, one of three SIGTERM, at any moment of a start; 6 minutes."""
   rng, run, hits = random.Random(seed), Run(whole.home, f"broken{seed}"), 0
   story = []
   while hits < 10:
@@ -194,7 +194,8 @@ def test_a_run_stopped_twenty_times_continues_bitwise(whole, seed):
     }
     status = start.stop(number, moments[kind])
     story.append(f"{signal.Signals(number).name} ({kind}) -> {status}\n{start.told()}")
-    assert status in (0, 75 if number == signal.SIGTERM else -signal.SIGKILL), story[-1]
+    # Before its handlers are there and after they are gone, a SIGTERM ends Python as usual.
+    assert status in (0, -number, *[75] * (number == signal.SIGTERM)), story[-1]
     hits += status != 0
     if run.is_finished():  # It got to the end: another one begins, and is judged as well.
       assert_same(whole, run, "".join(story))
