@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from umd import progress
+from umd import preemption, progress
 from umd.data import Source, eval_batches, load
 from umd.inference import Inference
 from umd.objectives import Stream
@@ -195,6 +195,7 @@ class Context:
         listen({name: values[real] for name, values in own.items()}, own["index"][real])
       seen[index[inside]], read[index[rows]] = True, True
       clock(int(seen.sum()))
+      preemption.check()  # A run that is to end does not wait for a long evaluation.
       if seen.all():
         break
     if not seen.all() or not read.any():
