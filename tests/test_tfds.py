@@ -222,6 +222,24 @@ def test_cached_records_keep_their_places_though_files_are_read_side_by_side(fol
   np.testing.assert_allclose(images.mean((1, 2, 3)), labels, rtol=1e-6)
 
 
+def test_after_an_unreadable_record_all_others_are_still_read_once(folders, monkeypatch):
+  monkeypatch.setattr(module, "BLOCK", 2)
+  settings = dict(data_dir=folders["tfrecord"], max_bad=1)
+  source, tf = load("tfds:numbered", "train[:36]", PP, **settings), tensorflow()
+  honest = source.records.parse
+
+  def parse(row):
+    example = honest(row)
+    image = tf.where(tf.equal(row["index"], 9), b"rotten", example["image"])
+    return {**example, "image": image}
+
+  monkeypatch.setattr(source.records, "parse", parse)
+  batches = list(eval_batches(source, 4))
+  read = np.concatenate([b["index"][b["_mask"] > 0] for b in batches])
+  assert sorted(read) == [i for i in range(36) if i != 9]
+  source.bad.clear()
+
+
 def test_labels_are_known_where_they_need_no_reading(folders, capsys):
   load_ = lambda **settings: load("tfds:numbered", "test[:5]", PP, **settings)
   assert load_(data_dir=folders["tfrecord"]).labels is None

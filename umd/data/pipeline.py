@@ -197,7 +197,12 @@ def _evaluated(source, low, high, local):
   with_position = in_graph(lambda row: {**row, "position": row["index"]})
 
   def start(n, guard):
-    elements = rows(source.records, min(low + n * local, high), high).map(with_position)
+    first = min(low + n * local, high)
+    if source.records.random_access:
+      elements = rows(source.records, first, high)
+    else:  # What comes first out of several files is not what has the lowest index.
+      elements = rows(source.records, low, high).skip(first - low)
+    elements = elements.map(with_position)
     return _example_batches(source, elements, EVALUATION_SEED, local, guard)
 
   return _checked(bad.resilient(start, source.name), source)
