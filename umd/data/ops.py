@@ -12,6 +12,7 @@ from typing import Any
 
 from umd.data.decoding import JPEG, decoded
 from umd.data.host import tensorflow
+from umd.data.view_ops import random_view, view
 
 Example = dict[str, Any]
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # Width by height, of inception crops.
@@ -250,6 +251,8 @@ OPS: Mapping[str, Callable[..., Op]] = {
     onehot,
     no_labels,
     keep,
+    random_view,
+    view,
   )
 }
 

@@ -6,6 +6,7 @@ import inspect
 
 from umd.data.host import tensorflow
 from umd.data.ops import OPS, Context, Example, Op
+from umd.data.view_ops import FOR_LATENTS
 
 EXAMPLE = "decode|resize_small(64)|central_crop(64)|value_range(-1, 1)"
 OPS_AT_MOST = 1024  # Of one string: each has its own random numbers.
@@ -82,13 +83,14 @@ class Preprocess:
       pp: the string; "" changes nothing.
       dtype: of the images that come in: "string" if they are encoded, "uint8", "float32".
       shape: (H, W, C) of these images, after decoding where they are encoded; None: not known.
+        Of latents (V, h, w, 2c): V views of moments.
       name: of the data, in messages.
 
     Raises:
       ValueError: the string is wrong, or what comes out is no float32 [H, W, C] of known size.
     """
     self._ops, self._shape = parse(pp), shape
-    if not self._ops and dtype == "float32" and None not in shape:
+    if not self._ops and dtype == "float32" and len(shape) == 3 and None not in shape:
       self.spec = {"image": (shape, "float32"), "label": ((), "int32")}  # TensorFlow stays out.
     else:
       self.spec = self._trace(pp, dtype, name)
@@ -120,6 +122,11 @@ class Preprocess:
       example = {"image": image, "label": tf.compat.v1.placeholder(tf.int32, [])}
       seed = tf.compat.v1.placeholder(tf.int64, [2])
       for text, op in self._ops:
+        if len(self._shape) == 4 and text.partition("(")[0] not in FOR_LATENTS:
+          raise ValueError(
+            f"{where}: {text} is for images, but these are latents, made after it. What may stand "
+            f"here: {', '.join(FOR_LATENTS)}."
+          )
         try:
           example = op(example, Context(seed, self._shape))
         except (ValueError, TypeError) as error:
@@ -132,6 +139,11 @@ class Preprocess:
       raise ValueError(f"{where} leaves images encoded: begin with decode, as in {EXAMPLE!r}.")
     if not image.dtype.is_floating:
       raise ValueError(f"{where} ends with {image.dtype.name} images: add value_range(-1, 1).")
+    if len(self._shape) == 4 and image.shape.rank == 4:
+      raise ValueError(
+        f"{where} leaves all {self._shape[0]} views of an image: add random_view (training) or "
+        "view(0) (evaluation)."
+      )
     if image.shape.rank != 3 or None in tuple(image.shape):
       raise ValueError(
         f"{where} ends with images of size {tuple(image.shape)}, but batches need one known size: "

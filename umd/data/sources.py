@@ -8,6 +8,7 @@ import numpy as np
 from umd.data.arrays import Arrays, digits, npz
 from umd.data.cached import Cached
 from umd.data.folder import folder
+from umd.data.latents import latents
 from umd.data.preprocess import Preprocess
 from umd.data.records import Records
 from umd.data.tfds import tfds
@@ -84,6 +85,7 @@ KINDS = {
   "tfds": tfds,
   "folder": lambda rest, split, data_dir, buffer: folder(rest, split),
   "npz": lambda rest, split, data_dir, buffer: npz(rest, split),
+  "latents": lambda rest, split, data_dir, buffer: latents(rest, split),
 }
 
 
@@ -100,8 +102,8 @@ def load(
   """The source of that name; the same arguments return the same object.
 
   Args:
-    name: "digits", "tfds:NAME" (with config and version as TFDS writes them), "folder:PATH" or
-      "npz:FILE".
+    name: "digits", "tfds:NAME" (with config and version as TFDS writes them), "folder:PATH",
+      "npz:FILE" or "latents:DIR" (moments of latents, for image_size (h, w, 2c)).
     split: e.g. "train", "train[:99%]", "all[90%:]".
     pp: preprocessing ops, e.g. "decode|resize(64)|value_range(-1, 1)"; "" for none.
     data_dir: where TFDS keeps its data; by default $TFDS_DATA_DIR, else TFDS's own default.
@@ -129,10 +131,15 @@ def _records(name, split, data_dir, cache, shuffle_buffer) -> Records:
   kind, _, rest = name.partition(":")
   if kind not in KINDS or bool(rest) == (kind == "digits"):
     raise ValueError(
-      f"data.name={name!r} is not one of ['digits', 'tfds:NAME', 'folder:PATH', 'npz:FILE']."
+      f"data.name={name!r} is not one of ['digits', 'tfds:NAME', 'folder:PATH', 'npz:FILE', "
+      "'latents:DIR']."
     )
   records = KINDS[kind](rest, split, data_dir, shuffle_buffer)
-  return Cached(records) if cache and not isinstance(records, Arrays) else records
+  if not cache or isinstance(records, Arrays):
+    return records
+  cached = Cached(records)
+  cached.info = getattr(records, "info", None)  # How latents were made.
+  return cached
 
 
 def _at_most(max_bad: float, n: int) -> int:
