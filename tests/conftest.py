@@ -58,3 +58,11 @@ def small_inception(monkeypatch):
   import stand_ins
 
   return stand_ins.small_inception(monkeypatch.setattr)
+
+
+@pytest.fixture
+def small_vae(monkeypatch):
+  """Puts tiny random auto-encoders in the place of published ones; see `stand_ins.small_vae`."""
+  import stand_ins
+
+  stand_ins.small_vae(monkeypatch.setattr)

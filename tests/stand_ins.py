@@ -1,11 +1,16 @@
 """Cheap things that take the place of expensive ones in tests."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from umd import extraction
+from umd import codec, extraction
 from umd.models.inception import LOGITS, POOL, SPATIAL
+from umd.models.vae import Architecture, KLAutoEncoder
 from umd.quantize import quantize
+from umd.vae_weights import Weights
 
 WIDTHS = {"pool": POOL, "spatial": SPATIAL, "logits": LOGITS}
 
@@ -28,3 +33,33 @@ def small_inception(setattr):
   network = lambda file, mesh: extraction.Network({"none": jnp.zeros(())}, "5eed")
   setattr(extraction, "load_network", network)
   return lambda levels: features(np.asarray(levels, np.float32))
+
+
+@functools.cache
+def random_weights(architecture: Architecture, seed: int = 0) -> Weights:
+  """Weights of a KL auto-encoder, drawn at random, biases among them; NumPy."""
+  side, channels = architecture.factor, architecture.in_channels
+  network = KLAutoEncoder(architecture)
+  blank = jnp.zeros((1, side, side, channels)), jnp.zeros((1, 1, 1, architecture.latent_channels))
+  shapes = jax.eval_shape(network.init, jax.random.key(0), *blank)["params"]
+  rng = np.random.default_rng(seed)
+  draw = lambda leaf: rng.normal(0, leaf.size**-0.25 / 2, leaf.shape).astype(np.float32)
+  return Weights(f"random {seed}", architecture, jax.tree.map(draw, shapes), f"{seed:x}" * 64)
+
+
+# Stable Diffusion's but for the widths, and one of half as many pixels a side for each latent.
+TINY = Architecture(block_out_channels=(2, 2, 2, 2), layers_per_block=1, norm_num_groups=1)
+HALF = Architecture(
+  block_out_channels=(4, 8),
+  layers_per_block=1,
+  norm_num_groups=2,
+  scaling_factor=0.5,
+  shift_factor=0.25,
+)
+
+
+def small_vae(setattr):
+  """Puts a tiny auto-encoder in the place of each published one, "small" among their names."""
+  small = {"small": random_weights(HALF), "other": random_weights(HALF, 1)}
+  find = lambda name: small.get(name) or random_weights(TINY)._replace(name=name)
+  setattr(codec, "load", find)
