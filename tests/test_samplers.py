@@ -208,17 +208,22 @@ def forward(model, params, t, labels):
 
 
 @pytest.mark.parametrize(
-  "head, cfg_scale", [("eps", 0.0), ("eps", 1.0), ("eps", 2.5), ("x0", 2.5), ("v", 2.5)]
+  "head, cfg_scale, channels",
+  [("eps", 0.0, 0), ("eps", 1.0, 0), ("eps", 2.5, 0), ("x0", 2.5, 3), ("v", 2.5, 0), ("eps", 4, 2)],
 )
-def test_guidance_is_uncond_plus_scale_times_cond_minus_uncond(labelled, head, cfg_scale):
+def test_guidance_is_uncond_plus_scale_times_cond_minus_uncond(labelled, head, cfg_scale, channels):
   (inference, params), t = labelled, 4
   cond, uncond = (
     unpatchify(forward(inference.model, params, jnp.full(2, t), labels)[head], 4, (16, 16))
     for labels in (LABELS, jnp.full(2, 10))
   )
-  x0, eps = jax.jit(inference.denoiser(params, LABELS, head, cfg_scale))(X_T, jnp.int32(t))
+  denoise = jax.jit(inference.denoiser(params, LABELS, head, cfg_scale, channels))
+  x0, eps = denoise(X_T, jnp.int32(t))
   assert np.abs(cond - uncond).mean() > 1e-2
-  for kind, want in {"x_t": X_T, head: uncond + cfg_scale * (cond - uncond)}.items():
+  guided = np.array(uncond + cfg_scale * (cond - uncond))
+  if channels:  # As DiT samples: the others are those of the conditional model.
+    guided[..., channels:] = cond[..., channels:]
+  for kind, want in {"x_t": X_T, head: guided}.items():
     a, b = inference.path.table[kind][t]
     np.testing.assert_allclose(a * x0 + b * eps, want, rtol=1e-3, atol=1e-3)
 
@@ -256,6 +261,7 @@ def test_sample_draws_from_its_key_clips_x0_and_passes_options_on(labelled):
     ({"head": "v"}, None, r"head='v' is not among the model's heads.*'x0', 'eps'"),
     ({"head": "x0", "cfg_scale": 2.0}, None, r"cfg_scale=2\.0 guides by labels.*cfg_scale=1"),
     ({"head": "x0", "cfg_scale": 2.0}, LABELS, r"cfg_scale=2\.0 guides by labels.*cfg_scale=1"),
+    ({"head": "x0", "cfg_channels": 4}, None, r"cfg_channels=4 must be in \[0, 3\]"),
     ({"head": "x0", "sampler": "euler"}, None, r"sampler='euler'.*ddim.*ddpm.*heun"),
     ({"head": "x0", "steps": 11}, None, r"steps=11 must be in \[1, timesteps=10\]"),
   ],
