@@ -10,8 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from umd import preemption, progress
+from umd.codec import ENCODING, Codec, Pixels
 from umd.data import Source, eval_batches, load
-from umd.inference import Inference
+from umd.inference import Inference, example_keys
 from umd.objectives import Stream
 from umd.sharding import batch_sharding, local_rows, replicated, run_ahead
 
@@ -60,6 +61,18 @@ def index_batches(
     yield {"index": index, "_mask": (index < num).astype(np.float32)}
 
 
+class Weights(NamedTuple):
+  """What a function needs that looks at images through the model.
+
+  Attributes:
+    model: the model's parameters.
+    codec: those of the codec.
+  """
+
+  model: dict
+  codec: dict
+
+
 Listener = Callable[[dict[str, np.ndarray], np.ndarray], None]
 
 
@@ -95,6 +108,7 @@ class Context:
     seed: of everything random in evaluation.
     cache: folder for what is computed once per workdir.
     progress: takes a line now and then about what takes long.
+    codec: between images and what the model sees.
   """
 
   inference: Inference
@@ -104,6 +118,33 @@ class Context:
   seed: int
   cache: str
   progress: Callable[[str], None] = say
+  codec: Codec = dataclasses.field(default_factory=Pixels)
+
+  @property
+  def image_size(self) -> tuple[int, int, int]:
+    """(H, W, C) of the images that are made of what the model makes."""
+    return self.codec.pixel_size(self.inference.model.image_size)
+
+  def weights(self, params) -> Weights:
+    """The model's parameters with those of the codec, for functions that need both."""
+    return Weights(params, self.codec.params)
+
+  def see(self, weights: Weights, batch) -> jax.Array:
+    """What the model sees of a batch's images; latents are drawn by (seed, example)."""
+    keys = example_keys(self.seed, batch["index"])
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, ENCODING))(keys)
+    return self.codec.encode(weights.codec, batch["image"], keys)
+
+  def open(self, key: str, spec: Mapping) -> Source:
+    """Like `open_data`, of images or latents of the size that the model is trained on."""
+    source = open_data(key, spec)
+    size, own = self.codec.source_size(key, source), self.inference.model.image_size
+    if size != tuple(own):
+      raise ValueError(
+        f"{key}: of {source.name} the model would see {size}, but it is trained on {tuple(own)}. "
+        f"Set {key}.pp to what the model is trained on."
+      )
+    return source
 
   def check_timestep(self, t: int) -> None:
     """Raises ValueError unless t is a timestep of the path; JAX would clamp it in silence."""

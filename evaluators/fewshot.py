@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from evaluators import knn as neighbours
-from evaluators.context import Context, open_data
+from evaluators.context import Context
 from evaluators.ridge import Ridge
 from umd.inference import FEATURES, example_keys
 from umd.state import TrainState
@@ -68,7 +68,7 @@ class Evaluator:
   ):
     """`train`, `test`: data with the same classes; `knn`: numbers of neighbours."""
     context.check_timestep(t)
-    self._context, self._train, self._test = context, *self._open(train, test)
+    self._context, self._train, self._test = context, *self._open(context, train, test)
     self._protocols = (protocol,) if isinstance(protocol, str) else tuple(protocol)
     for key, given, known in [
       ("features", features, FEATURES),
@@ -87,16 +87,17 @@ class Evaluator:
       self._check_labels(self._train.labels)
     self._features, self._with_pixels = tuple(features), pixels
 
-    def represent(params, batch):
+    def represent(weights, batch):
       keys = example_keys(context.seed, batch["index"])
-      found = context.inference.represent(params, batch["image"], keys, t)
+      seen = context.see(weights, batch)
+      found = context.inference.represent(weights.model, seen, keys, t)
       return {"label": batch["label"], **{name: found[name] for name in self._features}}
 
     self._represent = context.jit(represent)
 
   @staticmethod
-  def _open(train: Mapping, test: Mapping):
-    sources = open_data("train", train), open_data("test", test)
+  def _open(context: Context, train: Mapping, test: Mapping):
+    sources = context.open("train", train), context.open("test", test)
     for key, source in zip(("train", "test"), sources, strict=True):
       if not source.num_classes:
         raise ValueError(f"{key}: {source.name} has no labels, which fewshot needs.")
@@ -160,7 +161,8 @@ class Evaluator:
       yield from ((f"{name}_knn{k}", accuracy) for k, accuracy in votes.items())
 
   def __call__(self, state: TrainState) -> Iterator[tuple[str, float]]:
-    train, test = self._extract(self._represent, state.ema_params)
+    weights = self._context.weights(state.ema_params)
+    train, test = self._extract(self._represent, weights)
     for name in self._features:
       yield from self._judge(name, train, test)
     if self._with_pixels:

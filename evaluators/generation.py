@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from evaluators import judges
-from evaluators.context import Context
+from evaluators.context import Context, Weights
 from umd.inference import Inference, example_keys
 from umd.metrics import Images, to_grid
 from umd.state import TrainState
@@ -87,7 +87,8 @@ class Evaluator:
       FileNotFoundError: data, reference or weights that are not there.
     """
     self._context, self._num, self._scale = context, num, scale
-    self._sampling = {**SAMPLING, **sampling}
+    # Unless it is said: latents have no bounds.
+    self._sampling = {**SAMPLING, "clip_x0": context.codec.bounded, **sampling}
     self._classes = classes = context.inference.model.num_classes
     if num < 2 or (classes and num % classes):
       raise ValueError(
@@ -103,27 +104,29 @@ class Evaluator:
     }
     self._judges = judges.make(features, context, num, settings)
 
-  def _sample(self, params, batch) -> jax.Array:
+  def _sample(self, weights: Weights, batch) -> jax.Array:
     """The samples at positions batch["index"]."""
     # Position i asks for class i mod C; its key is a function of (seed, i).
     keys = example_keys(self._context.seed, batch["index"])
     labels = batch["index"] % self._classes if self._classes else None
-    images = self._context.inference.sample(params, keys, labels, **self._sampling)
-    return jnp.clip(images, -1.0, 1.0)
+    context = self._context
+    made = context.inference.sample(weights.model, keys, labels, **self._sampling)
+    return jnp.clip(context.codec.decode(weights.codec, made), -1.0, 1.0)
 
   def _try_out(self) -> None:
     """Traces the sampler, so that what it refuses it refuses at start."""
-    model, one = self._context.inference.model, jax.ShapeDtypeStruct((1,), jnp.int32)
+    model, size = self._context.inference.model, self._context.mesh.size
+    index = jax.ShapeDtypeStruct((size,), jnp.int32)
     init = lambda key: model.init(key, jnp.zeros((1, *model.image_size)), jnp.zeros(1, jnp.int32))
     params = jax.eval_shape(init, jax.random.key(0))["params"]
-    jax.eval_shape(self._sample, params, {"index": one})
+    jax.eval_shape(self._sample, self._context.weights(params), {"index": index})
 
   @functools.cached_property
   def _draw(self) -> Callable:
     """Compiles: draw samples, let every judge look at them."""
 
     def draw(params, batch):
-      images = self._sample(params["model"], batch)
+      images = self._sample(params["weights"], batch)
       rows = {"image": images}
       for name, judge in self._judges.items():
         rows |= judge.look(params[name], images)
@@ -135,7 +138,8 @@ class Evaluator:
   def __call__(self, state: TrainState) -> Iterator[tuple[str, float | str | Images]]:
     for judge in self._judges.values():
       judge.prepare()
-    params = {"model": state.ema_params, **{k: j.params for k, j in self._judges.items()}}
+    params = {name: judge.params for name, judge in self._judges.items()}
+    params["weights"] = self._context.weights(state.ema_params)
     listeners = {name: judge.listen() for name, judge in self._judges.items()}
 
     def listen(rows, index):

@@ -26,11 +26,11 @@ KEPT = 10_000  # Reference images whose features are kept, as many as in ADM's f
 
 
 def check_images(key: str, source: Source, image_size: tuple[int, int, int]) -> None:
-  """Raises ValueError unless the images of the setting `key` are as large as the model's."""
+  """Raises ValueError unless the images of the setting `key` are as large as the samples."""
   if source.image_size != tuple(image_size):
     raise ValueError(
-      f"{key}: images of {source.name} are {source.image_size}, the model's are "
-      f"{tuple(image_size)}. Set {key}.pp to what the model is trained on."
+      f"{key}: images of {source.name} are {source.image_size}, the samples are "
+      f"{tuple(image_size)}. Set {key}.pp so that they are of the same size."
     )
 
 
@@ -51,10 +51,10 @@ class Classifier:
     self._train, self._test = open_data("train", train), open_data("test", test)
     self._context, self._num = context, num
     model = context.inference.model
-    self._image_size, self._classes = model.image_size, model.num_classes
+    self._image_size, self._classes = context.image_size, model.num_classes
     classifier.check(self._train)
     for key, source in (("train", self._train), ("test", self._test)):
-      check_images(key, source, model.image_size)
+      check_images(key, source, context.image_size)
       for what, classes in (("train", self._train.num_classes), ("the model", model.num_classes)):
         if classes and source.num_classes != classes:
           raise ValueError(
@@ -147,7 +147,7 @@ class Inception:
       raise ValueError("features='inception' needs reference=, a file of statistics or data.")
     quantize.check(rounding)
     statistics.check(metrics, num)
-    channels = context.inference.model.image_size[2]
+    channels = context.image_size[2]
     if channels not in (1, 3):
       raise ValueError(f"features='inception': images have {channels} channels, not 1 or 3.")
     self._context, self._num, self._rounding, self._metrics = context, num, rounding, metrics
@@ -158,7 +158,7 @@ class Inception:
       statistics.check_weights(self._file, INCEPTION.sha256)
     else:
       self._file, self._source = None, open_data("reference", reference)
-      check_images("reference", self._source, context.inference.model.image_size)
+      check_images("reference", self._source, context.image_size)
     self._weights = extraction.find_network(weights, context.progress)
     if num < statistics.FEW:
       context.progress(

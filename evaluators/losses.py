@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 import jax
 import jax.numpy as jnp
 
-from evaluators.context import Context, count, open_data
+from evaluators.context import Context, Weights, count
 from umd.checkpoint import WEIGHTS
 from umd.inference import example_keys, example_normal, example_uniform
 from umd.objectives import TIMESTEPS, Stream, score
@@ -26,7 +26,7 @@ class Evaluator:
 
   def __init__(self, context: Context, *, data: Mapping, num: int = 0, bins: int = 4):
     """`num`: score the first so many images only; 0 for all."""
-    self._context, self._source, self._num = context, open_data("data", data), num
+    self._context, self._source, self._num = context, context.open("data", data), num
     count(self._source, num)
     timesteps = context.inference.path.timesteps
     if not 1 <= bins <= timesteps:
@@ -47,9 +47,9 @@ class Evaluator:
       ranges[f"t{first}" if first == last else f"t{first}-{last}"] = (low, high)
     return [(name, *edges) for name, edges in ranges.items()]
 
-  def _score_batch(self, stream: Stream, params, batch, part, low, high):
-    inference, images = self._context.inference, batch["image"]
-    model, path = inference.model, inference.path
+  def _score_batch(self, stream: Stream, weights: Weights, batch, part, low, high):
+    images = self._context.see(weights, batch)
+    model, path = self._context.inference.model, self._context.inference.path
     keys = example_keys(self._context.seed, batch["index"])
     keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, part), 3))(keys)
     u = low + (high - low) * example_uniform(keys[:, 0], ())
@@ -57,7 +57,7 @@ class Evaluator:
     eps = example_normal(keys[:, 1], images.shape[1:])
     mask_noise = example_uniform(keys[:, 2], (model.tokens,))
     labels = batch["label"] if model.num_classes and stream.labels else None
-    return score(model, path, stream, params, images, labels, t, eps, mask_noise)
+    return score(model, path, stream, weights.model, images, labels, t, eps, mask_noise)
 
   def __call__(self, state: TrainState) -> Iterator[tuple[str, float]]:
     ranges = {stream.name: self._ranges(stream) for stream in self._context.streams}
@@ -72,6 +72,7 @@ class Evaluator:
             rows |= {f"{weights}/{stream}/{term}/{name}": v for term, v in out.rows.items()}
       return out._replace(rows=rows)
 
-    params = {weights: getattr(state, field) for weights, field in WEIGHTS.items()}
+    weights = self._context.weights
+    params = {name: weights(getattr(state, field)) for name, field in WEIGHTS.items()}
     for name, values in self._context.map(score_all, params, self._source, num=self._num).items():
       yield name, values.mean()

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 import jax
 import numpy as np
 
-from evaluators.context import Context, count, open_data
+from evaluators.context import Context, count
+from umd import codec
 from umd.data import eval_batches
 from umd.inference import example_keys
 from umd.metrics import Images, to_grid
@@ -15,10 +16,11 @@ from umd.state import TrainState
 
 
 class Evaluator:
-  """Squared error of the x0 head on dropped patches, with fixed masks.
+  """Squared error of the x0 head on dropped patches, with fixed masks, in pixels.
 
-  Yields "masked_mse"; "mean_image_mse", what the mean of the images scores on the same patches; and
-  "images", rows of original | masked | reconstructed.
+  Yields "masked_mse"; "mean_image_mse", what the mean of the images scores on the same patches; of
+  a model of latents "codec_mse", what encoding and decoding alone costs there; and "images", rows
+  of original | masked | reconstructed.
   """
 
   def __init__(
@@ -39,20 +41,25 @@ class Evaluator:
     if model.keep(mask_ratio) == model.tokens:
       raise ValueError(f"mask_ratio={mask_ratio} masks no token; set it higher.")
     context.check_timestep(t)
-    self._context, self._source, self._num = context, open_data("data", data), num
+    self._context, self._source, self._num = context, context.open("data", data), num
+    if codec.stored(self._source):
+      raise ValueError(
+        f"data: {self._source.name} holds latents, but reconstructions are compared in pixels. "
+        "Name data with images."
+      )
     self._scale = scale
 
-    def reconstruct(params, batch, mean):
+    def reconstruct(weights, batch, mean):
       images, keys = batch["image"], example_keys(context.seed, batch["index"])
-      filled, masked = context.inference.reconstruct(params, images, keys, mask_ratio, t)
+      seen = context.see(weights, batch)
+      filled, masked = context.inference.reconstruct(weights.model, seen, keys, mask_ratio, t)
+      decode = lambda x: context.codec.decode(weights.codec, x)
+      filled, masked = decode(filled), context.codec.spread(masked)
       over_masked = lambda error: (error * masked).sum((1, 2, 3)) / masked.sum((1, 2, 3))
-      return {
-        "image": images,
-        "filled": filled,
-        "masked": masked,
-        "error": over_masked((filled - images) ** 2),
-        "mean_error": over_masked((mean - images) ** 2),
-      }
+      errors = {"error": filled, "mean_error": mean}
+      errors |= {} if isinstance(context.codec, codec.Pixels) else {"codec_error": decode(seen)}
+      errors = {name: over_masked((made - images) ** 2) for name, made in errors.items()}
+      return {"image": images, "filled": filled, "masked": masked, **errors}
 
     # The same images every time, spread over the data.
     shown = np.linspace(0, count(self._source, num) - 1, rows).astype(int)
@@ -78,9 +85,12 @@ class Evaluator:
 
   def __call__(self, state: TrainState) -> Iterator[tuple[str, float | Images]]:
     fn = functools.partial(self._reconstruct, mean=self._mean)
-    out = self._context.map(fn, state.ema_params, self._source, num=self._num)
+    weights = self._context.weights(state.ema_params)
+    out = self._context.map(fn, weights, self._source, num=self._num)
     yield "masked_mse", out["error"].mean()
     yield "mean_image_mse", out["mean_error"].mean()
+    if "codec_error" in out:
+      yield "codec_mse", out["codec_error"].mean()
     # Dropped patches are shown in mid-grey.
     original, filled, masked = (out[k] for k in ("image", "filled", "masked"))
     cells = np.stack([original, np.where(masked > 0, 0.0, original), filled], axis=1)

@@ -98,7 +98,7 @@ def test_losses_are_yielded_for_both_weights_and_all_terms(values):
 def test_losses_score_each_image_at_a_noise_level_of_the_bin(monkeypatch):
   """Instead of an error, `score` gives the timestep: its mean tells which were drawn."""
   monkeypatch.setattr(losses, "score", lambda *args: {"t": args[6].astype(jnp.float32)})
-  model = types.SimpleNamespace(num_classes=0, tokens=16)
+  model = types.SimpleNamespace(image_size=(8, 8, 1), num_classes=0, tokens=16)
   streams = (Stream("n", {}, timesteps="uniform"), Stream("c", {}, timesteps="clean"))
   context = make_context(types.SimpleNamespace(model=model, path=PATH), streams=streams)
   found = dict(losses.Evaluator(context, **DIGITS, bins=4)(STATE))
@@ -129,7 +129,7 @@ def brightness(monkeypatch):
   """A losses evaluator for which the error of an image is its mean pixel."""
   score = lambda model, path, stream, params, images, *rest: {"mean": images.mean((1, 2, 3))}
   monkeypatch.setattr(losses, "score", score)
-  model = types.SimpleNamespace(num_classes=0, tokens=16)
+  model = types.SimpleNamespace(image_size=(8, 8, 1), num_classes=0, tokens=16)
   context = make_context(types.SimpleNamespace(model=model, path=PATH), batch_size=32)
   return functools.partial(losses.Evaluator, context, **DIGITS)
 
@@ -156,7 +156,9 @@ class Filler:
   """Stands for a model that fills in the lower half of every image, `off` by a constant."""
 
   def __init__(self, off):
-    self.model = types.SimpleNamespace(heads=("x0",), keep=lambda ratio: 8, tokens=16)
+    self.model = types.SimpleNamespace(
+      image_size=(8, 8, 1), heads=("x0",), keep=lambda ratio: 8, tokens=16
+    )
     self.path, self._off = PATH, off
 
   def reconstruct(self, params, images, keys, mask_ratio, t=0):
@@ -219,7 +221,9 @@ def test_reconstruction_without_the_head_it_reads_is_an_error(nano):
 
 
 def build(**configs):
-  stub = types.SimpleNamespace(path=PATH, model=types.SimpleNamespace(num_classes=0))
+  stub = types.SimpleNamespace(
+    path=PATH, model=types.SimpleNamespace(image_size=(8, 8, 1), num_classes=0)
+  )
   return evaluators.from_config(configs, make_context(stub))
 
 

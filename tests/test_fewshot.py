@@ -52,6 +52,7 @@ class Stub:
   """Stands for a model: features are the label, which the image shows, or know nothing of it."""
 
   path = make_path("flow", 10)
+  model = types.SimpleNamespace(image_size=(1, 1, 1))
 
   def represent(self, params, images, keys, t=0):
     label = images[:, 0, 0, 0].astype(jnp.int32)

@@ -14,6 +14,7 @@ from trainers import linear_probe, runs, stages
 from umd import data
 from umd import workdir as folder
 from umd.checkpoint import Checkpoints
+from umd.codec import Pixels
 from umd.metrics import read_jsonl
 from umd.models.autoencoder import AutoEncoder
 from umd.sharding import make_mesh, replicated
@@ -31,7 +32,7 @@ def encoder(tmp_path_factory, nano):
   state = TrainState(jnp.int32(7), params, jax.tree.map(jnp.copy, params), ())
   path = str(workdir / "pretrain")
   folder.start(path, quickstart.get_config("variant=nano/2,adaln=true").pretrain.to_dict())
-  folder.write_json(os.path.join(path, "model.json"), runs.describe_model(model))
+  folder.write_json(os.path.join(path, "model.json"), runs.describe_model(model, Pixels()))
   checkpoints = Checkpoints(path)
   checkpoints.save(jax.device_put(state, replicated(make_mesh())), 7, {"position": 0})
   checkpoints.close()
@@ -235,7 +236,7 @@ def test_without_a_checkpoint_nothing_is_probed(tmp_path):
   path = str(tmp_path / "work/pretrain")
   folder.start(path, quickstart.get_config("variant=nano/2").pretrain.to_dict())
   model = AutoEncoder("nano/2", (8, 8, 1))
-  folder.write_json(os.path.join(path, "model.json"), runs.describe_model(model))
+  folder.write_json(os.path.join(path, "model.json"), runs.describe_model(model, Pixels()))
   with pytest.raises(FileNotFoundError, match="no checkpoint"):
     stages.run(probe_config(), str(tmp_path / "work"))
 

@@ -13,6 +13,7 @@ from trainers import autoencoder, runs, stages
 from umd import transfer
 from umd import workdir as folder
 from umd.checkpoint import Checkpoints
+from umd.codec import Pixels
 from umd.sharding import make_mesh, replicated
 from umd.state import TrainState, init_state
 from umd.transfer import adopt, check, leaves, resample
@@ -154,7 +155,7 @@ def earlier(tmp_path_factory, nano):
   """(workdir, parameters) of a run on 8 x 8 images, 16 patches; its average is -2 times them."""
   path, (model, params) = tmp_path_factory.mktemp("earlier"), nano("nano/2", (8, 8, 1))
   folder.start(str(path), quickstart.get_config("variant=nano/2").pretrain.to_dict())
-  folder.write_json(str(path / "model.json"), runs.describe_model(model))
+  folder.write_json(str(path / "model.json"), runs.describe_model(model, Pixels()))
   checkpoints = Checkpoints(str(path))
   checkpoints.save(placed(params, jax.tree.map(lambda x: -2.0 * x, params)), 3, {"position": 0})
   checkpoints.close()

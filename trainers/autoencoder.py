@@ -1,5 +1,6 @@
 """Trains a masked-diffusion auto-encoder: MAE, UMD, DiT, MaskDiT, as its config's streams say."""
 
+import functools
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from trainers.loop import Loop, train_batches
 from umd import data, optim, sharding, transfer
 from umd import workdir as folder
 from umd.checkpoint import load_params
+from umd.codec import Codec, encode_batch
+from umd.codec import make as make_codec
 from umd.guard import Guard
 from umd.inference import Inference
 from umd.models.autoencoder import AutoEncoder
@@ -28,15 +31,7 @@ HARMLESS = ("checkpoint", "data.max_bad", "evals", "fsdp", "log_every", "summary
 
 
 def make_model(config: ConfigDict, image_size: tuple[int, int, int], num_classes: int):
-  """The config's auto-encoder for images (H, W, C), or for the latents made of them."""
-  if config.latents:
-    factor, channels = config.latents.factor, config.latents.channels
-    if image_size[0] % factor or image_size[1] % factor:
-      raise ValueError(
-        f"latents.factor={factor} does not divide the image of {image_size[0]} x {image_size[1]} "
-        "px. Choose another size."
-      )
-    image_size = (image_size[0] // factor, image_size[1] // factor, channels)
+  """The config's auto-encoder for images (H, W, C), or for latents of that size."""
   num_classes = num_classes if config.use_labels else 0
   return AutoEncoder(image_size=image_size, num_classes=num_classes, **config.model.to_dict())
 
@@ -55,6 +50,7 @@ class Parts(NamedTuple):
 
   mesh: Mesh
   source: data.Source
+  codec: Codec
   model: AutoEncoder
   steps: int
   streams: tuple[Stream, ...]
@@ -70,7 +66,7 @@ def prepare(config: ConfigDict, workdir: str, cache: str, init_from: str = "") -
   Raises:
     ValueError: a setting that makes no sense, a workdir that holds another run, or weights in
       `init_from` that do not fit.
-    FileNotFoundError: data or the run in `init_from` are not there.
+    FileNotFoundError: data, the VAE's weights or the run in `init_from` are not there.
   """
   folder.check_same_run(workdir, config.to_dict(), HARMLESS)
   mesh = sharding.make_mesh()
@@ -79,25 +75,22 @@ def prepare(config: ConfigDict, workdir: str, cache: str, init_from: str = "") -
   source = data.load(**config.data.to_dict())
   if config.use_labels and not source.num_classes:
     raise ValueError(f"use_labels=True, but {source.name!r} has no labels. Set use_labels=False.")
-  model = make_model(config, source.image_size, source.num_classes)
+  codec = make_codec(config.latents.to_dict(), mesh)
+  runs.check_same_vae(workdir, codec.sha256)
+  model = make_model(config, codec.source_size("data", source), source.num_classes)
   path, streams = make_path(**config.path.to_dict()), methods.make_streams(config.streams)
   loss = make_loss(model, path, streams, config.batch_size, config.label_drop_prob)
   steps, settings = count_steps(config, len(source)), config.optim.to_dict()
   schedule = optim.make_schedule(settings.pop("lr"), steps, settings.pop("warmup"))
   tx = optim.make_optimizer(schedule, **settings)
-  if config.latents:
-    raise ValueError(
-      "latents: this version has no image encoder yet, so it cannot train on latents. Train on "
-      "pixels: leave latent_diffusion out."
-    )
-  context = evaluators.Context(
-    Inference(model, path), streams, mesh, config.eval_batch_size, config.seed, cache
-  )
+  inference, size = Inference(model, path), config.eval_batch_size
+  context = evaluators.Context(inference, streams, mesh, size, config.seed, cache, codec=codec)
   scheduled = evaluators.from_config(config.evals.to_dict(), context)
   if init_from:
+    runs.check_same_vae(init_from, codec.sha256)
     shapes = jax.eval_shape(init_params(model), jax.random.key(0))
     runs.check_fits(init_from, shapes, config.init_fresh)
-  return Parts(mesh, source, model, steps, streams, loss, schedule, tx, scheduled)
+  return Parts(mesh, source, codec, model, steps, streams, loss, schedule, tx, scheduled)
 
 
 def init_params(model: AutoEncoder) -> Callable:
@@ -148,6 +141,8 @@ def run(
     seed=config.seed,
     state=state,
     guard=guard,
+    encode=functools.partial(encode_batch, parts.codec),
+    frozen=parts.codec.params,
   )
   state = loop.restore(state)
   if not loop.step and init_from:
@@ -155,8 +150,8 @@ def run(
     say(f"started from {init_from}, step {init_step}, {config.init_weights} weights")
   say(methods.describe(state.params, parts.streams, config.batch_size))
   if jax.process_index() == 0:
-    path = os.path.join(workdir, "model.json")
-    folder.write_json(path, runs.describe_model(parts.model))
+    path = os.path.join(workdir, runs.ABOUT)
+    folder.write_json(path, runs.describe_model(parts.model, parts.codec))
 
   newest = {}  # The state after the last step, for whoever must look into it.
 

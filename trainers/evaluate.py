@@ -37,7 +37,9 @@ def _build(config: ConfigDict, cache: str, init_from: str):
   run = runs.open_run(init_from, scan=config.model.scan)
   runs.check_expected(run, config.expected.to_dict())
   mesh, size = sharding.make_mesh(), config.eval_batch_size
-  context = evaluators.Context(run.inference, run.streams, mesh, size, config.seed, cache)
+  context = evaluators.Context(
+    run.inference, run.streams, mesh, size, config.seed, cache, codec=run.open_codec(mesh)
+  )
   return run, evaluators.from_config(_evals(config, run), context)
 
 

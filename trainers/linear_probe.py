@@ -20,6 +20,7 @@ from trainers.loop import Loop
 from umd import data, optim, probe, sharding
 from umd import workdir as folder
 from umd.checkpoint import load_params
+from umd.codec import Codec, encode_batch
 from umd.inference import Inference, example_keys
 
 HARMLESS = ("checkpoint", "data.max_bad", "eval_every", "log_every", "summary", "wandb")
@@ -31,6 +32,7 @@ class Parts(NamedTuple):
 
   mesh: Mesh
   run: runs.Run
+  codec: Codec
   train: data.Source
   held_out: dict[str, data.Source]
   steps: int
@@ -60,11 +62,14 @@ def _build(config: ConfigDict, mesh: Mesh, init_from: str) -> Parts:
   runs.check_expected(run, config.expected.to_dict())
   train = data.load(**config.data.to_dict())
   held_out = {name: data.load(**config[name].to_dict()) for name in ("select", "test")}
-  for source in (train, *held_out.values()):
-    if source.image_size != run.model.image_size or not source.num_classes:
+  codec = run.open_codec(mesh)
+  for key, source in {"data": train, **held_out}.items():
+    seen = codec.source_size(key, source)
+    if seen != run.model.image_size or not source.num_classes:
       raise ValueError(
         f"{source.name!r} has images of {source.image_size} and {source.num_classes} classes; the "
-        f"probe needs labels and the encoder's {run.model.image_size}. Choose size= or dataset=."
+        f"probe needs labels and the encoder's {codec.pixel_size(run.model.image_size)}. Choose "
+        "size= or dataset=."
       )
     if source.num_classes != train.num_classes:
       raise ValueError(
@@ -75,20 +80,24 @@ def _build(config: ConfigDict, mesh: Mesh, init_from: str) -> Parts:
   if bad := [t for t in config.timesteps if not 0 <= t <= timesteps]:
     raise ValueError(f"timesteps={bad} must be in [0, {timesteps}].")
   steps = count_steps(config, len(train))
-  return Parts(mesh, run, train, held_out, steps, optim.make_schedule(1.0, steps, config.warmup))
+  schedule = optim.make_schedule(1.0, steps, config.warmup)
+  return Parts(mesh, run, codec, train, held_out, steps, schedule)
 
 
-def make_step(inference: Inference, config: ConfigDict, schedule: Callable, mesh: Mesh) -> Callable:
-  """Builds the jitted `step(states, params, batch) -> (states, metrics)`, a state per timestep."""
+def make_step(
+  inference: Inference, codec: Codec, config: ConfigDict, schedule: Callable, mesh: Mesh
+) -> Callable:
+  """Builds the jitted `step(states, weights, batch) -> (states, metrics)`, a state per timestep."""
   lrs = jnp.asarray(config.lrs, jnp.float32)
 
-  def step(states, params, batch):
+  def step(states, weights, batch):
     any_state = next(iter(states.values()))
     key = jax.random.fold_in(jax.random.key(config.seed), any_state.step)
+    seen = encode_batch(codec, weights.codec, batch, key)["image"]
     new, values = {}, {"lr": schedule(any_state.step)}
     for name, t in timestep_names(config).items():
       keys = jax.random.split(jax.random.fold_in(key, t), len(batch["label"]))
-      features = inference.represent(params, batch["image"], keys, t)["class"]
+      features = inference.represent(weights.model, seen, keys, t)["class"]
       new[name], losses = probe.train_probe(
         states[name], features, batch["label"], lrs * schedule(any_state.step), config.wd
       )
@@ -111,14 +120,14 @@ def timestep_names(config: ConfigDict) -> dict[str, int]:
 
 
 def make_judge(context: evaluators.Context, config: ConfigDict) -> Callable:
-  """Builds `judge(params, states, source) -> {timestep: {statistic: [accuracy of every head]}}`."""
+  """Builds `judge(weights, states, source) -> {timestep: {statistic: [accuracy of each head]}}`."""
 
   def count(inputs, batch):
-    params, states = inputs
-    out = {}
+    weights, states = inputs
+    seen, out = context.see(weights, batch), {}
     for name, t in timestep_names(config).items():
       keys = example_keys(config.seed, batch["index"])
-      features = context.inference.represent(params, batch["image"], keys, t)["class"]
+      features = context.inference.represent(weights.model, seen, keys, t)["class"]
       logits = probe.predict(states[name], features)
       for statistic in STATISTICS:
         k = min(int(statistic.removeprefix("top")), logits.shape[-1])
@@ -127,8 +136,9 @@ def make_judge(context: evaluators.Context, config: ConfigDict) -> Callable:
 
   count = context.jit(count)
 
-  def judge(params, states, source):
-    shares = {k: v.mean(axis=0) for k, v in context.map(count, (params, states), source).items()}
+  def judge(weights, states, source):
+    found = context.map(count, (weights, states), source)
+    shares = {name: hits.mean(axis=0) for name, hits in found.items()}
     return {t: {s: shares[f"{t}/{s}"] for s in STATISTICS} for t in timestep_names(config)}
 
   return judge
@@ -152,7 +162,8 @@ def run(
   """
   say = logs.printer(name)
   prepare(config, workdir, cache)
-  mesh, trained, train, held_out, steps, schedule = _build(config, sharding.make_mesh(), init_from)
+  parts = _build(config, sharding.make_mesh(), init_from)
+  mesh, trained, codec, train, held_out, steps, schedule = parts
   loop = Loop(config, workdir, name)
   params, run_step = load_params(trained.folder, config.init_weights)
   params = sharding.replicate(params, mesh)
@@ -164,17 +175,19 @@ def run(
   everywhere = sharding.replicated(mesh)
   states = jax.jit(init, out_shardings=everywhere)(jax.random.key(config.seed))
   states = loop.restore(states)
-  step_fn = make_step(trained.inference, config, schedule, mesh)
+  step_fn = make_step(trained.inference, codec, config, schedule, mesh)
   say(
     f"probes {trained.folder}, step {run_step}, {config.init_weights} weights: {classes} classes, "
     f"{len(config.lrs)} learning rates x timesteps {tuple(config.timesteps)}"
   )
   size = config.eval_batch_size
-  context = evaluators.Context(trained.inference, trained.streams, mesh, size, config.seed, cache)
-  judge = make_judge(context, config)
+  context = evaluators.Context(
+    trained.inference, trained.streams, mesh, size, config.seed, cache, codec=codec
+  )
+  judge, weights = make_judge(context, config), context.weights(params)
 
   def evaluate(states):
-    found = {part: judge(params, states, source) for part, source in held_out.items()}
+    found = {part: judge(weights, states, source) for part, source in held_out.items()}
     for t in timestep_names(config):
       chosen = int(found["select"][t]["top1"].argmax())
       yield from ((f"{s}/{t}", found["test"][t][s][chosen]) for s in STATISTICS)
@@ -184,7 +197,7 @@ def run(
 
   return loop.run(
     states,
-    lambda states, batch: step_fn(states, params, batch),
+    lambda states, batch: step_fn(states, weights, batch),
     train,
     [evaluators.Scheduled("probe", config.eval_every, evaluate)],
     steps,

@@ -1,8 +1,12 @@
 """What to do when numbers are no longer finite: look into the step and leave it on disk."""
 
+import functools
 from collections.abc import Callable
 
+import jax
+
 from umd import diagnosis, sharding
+from umd.codec import encode_batch
 from umd.state import step_key
 
 
@@ -12,7 +16,7 @@ def inspect(parts, batches_from: Callable, params, step: int, seed: int, workdir
   Every process must call it.
 
   Args:
-    parts: the trainer's, with `mesh`, `loss` and `streams`.
+    parts: the trainer's, with `mesh`, `codec`, `loss` and `streams`.
     batches_from: `batches_from(n)`: the batches of step n + 1 and those after it.
     params: before the step; those of a step that was not applied are those after it, too.
     step: number of the step.
@@ -21,6 +25,8 @@ def inspect(parts, batches_from: Callable, params, step: int, seed: int, workdir
   """
   batch = next(sharding.prefetch(batches_from(step - 1), parts.mesh, 1))
   streams = [stream.name for stream in parts.streams]
-  report = diagnosis.diagnose(parts.loss, streams, params, batch, step_key(seed, step - 1))
+  key, encode = step_key(seed, step - 1), functools.partial(encode_batch, parts.codec)
+  seen = jax.jit(encode)(parts.codec.params, batch, key)
+  report = diagnosis.diagnose(parts.loss, streams, params, seen, key)
   path = diagnosis.save(workdir, step, batch, f"Step {step}\n{report}")
   return f"Found: {report.splitlines()[0]} The batch is in {path}, the report next to it (.txt)."

@@ -4,8 +4,10 @@ import dataclasses
 import os
 from collections.abc import Mapping
 
+from jax.sharding import Mesh
+
 from trainers import methods
-from umd import checkpoint, transfer
+from umd import checkpoint, codec, transfer
 from umd import workdir as folder
 from umd.inference import Inference
 from umd.models.autoencoder import AutoEncoder
@@ -42,6 +44,7 @@ class Run:
     inference: model and path.
     streams: what it was trained on.
     config: as it was started.
+    about: what follows from the data, see `describe_model`.
   """
 
   folder: str
@@ -49,11 +52,37 @@ class Run:
   inference: Inference
   streams: tuple[Stream, ...]
   config: Mapping
+  about: Mapping
+
+  def open_codec(self, mesh: Mesh) -> codec.Codec:
+    """What the run encodes images with; ValueError if it is another VAE now."""
+    opened = codec.make(self.config["latents"], mesh)
+    check_same_vae(self.folder, opened.sha256)
+    return opened
 
 
-def describe_model(model: AutoEncoder) -> dict:
-  """What `open_run` needs beside the config: it follows from the data."""
-  return {"image_size": list(model.image_size), "num_classes": model.num_classes}
+ABOUT = "model.json"
+
+
+def describe_model(model: AutoEncoder, opened: codec.Codec) -> dict:
+  """What `open_run` needs beside the config: it follows from the data and the VAE."""
+  return {
+    "image_size": list(model.image_size),
+    "num_classes": model.num_classes,
+    "pixels_per_place": opened.factor,
+    "vae_sha256": opened.sha256,
+  }
+
+
+def check_same_vae(path: str, sha256: str) -> None:
+  """Raises ValueError if the run in that folder, if there is one, is of another VAE's latents."""
+  about = folder.read_json(os.path.join(path, ABOUT)) or {}
+  if (there := about.get("vae_sha256", sha256)) != sha256:
+    name = lambda digest: f"latents of the VAE {digest[:12]}..." if digest else "pixels"
+    raise ValueError(
+      f"latents.vae: the run in {path!r} was trained on {name(there)}, this would be on "
+      f"{name(sha256)}. Give the vae that it was trained with, or another workdir."
+    )
 
 
 def open_run(path: str, **settings) -> Run:
@@ -67,7 +96,7 @@ def open_run(path: str, **settings) -> Run:
     FileNotFoundError: there is no run, or it has no checkpoint yet.
   """
   config = folder.read_json(os.path.join(path, "config.json"))
-  about = folder.read_json(os.path.join(path, "model.json"))
+  about = folder.read_json(os.path.join(path, ABOUT))
   if config is None or about is None:
     raise FileNotFoundError(
       f"{path!r} holds no run: config.json or model.json is missing. Train first, or give the "
@@ -78,7 +107,7 @@ def open_run(path: str, **settings) -> Run:
   size = tuple(about["image_size"])
   model = AutoEncoder(image_size=size, num_classes=about["num_classes"], **settings)
   inference = Inference(model, make_path(**config["path"]))
-  return Run(path, model, inference, methods.make_streams(config["streams"]), config)
+  return Run(path, model, inference, methods.make_streams(config["streams"]), config, about)
 
 
 def check_expected(run: Run, expected: Mapping) -> None:
@@ -90,7 +119,7 @@ def check_expected(run: Run, expected: Mapping) -> None:
   """
   actual = {
     "variant": run.model.variant,
-    "size": run.model.image_size[0] * run.config["latents"].get("factor", 1),
+    "size": run.model.image_size[0] * run.about["pixels_per_place"],
     "adaln": run.model.adaln,
     "latent_diffusion": bool(run.config["latents"]),
     "width": run.model.shape.width,

@@ -1,6 +1,8 @@
 """The state of training, and the step from one state to the next."""
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax
 import jax
@@ -62,6 +64,21 @@ def init_state(
   return jax.jit(make, out_shardings=shardings)(key)
 
 
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """A compiled step with the parameters that it reads and does not train."""
+
+  compiled: Callable
+  frozen: Any
+
+  def __call__(self, state: TrainState, batch) -> tuple[TrainState, dict]:
+    return self.compiled(state, batch, self.frozen)
+
+  def lower(self, state: TrainState, batch):
+    """The step lowered for states and batches of these shapes and places."""
+    return self.compiled.lower(state, batch, self.frozen)
+
+
 def make_train_step(
   loss: Callable,
   tx: optax.GradientTransformation,
@@ -71,7 +88,9 @@ def make_train_step(
   seed: int,
   state: TrainState,
   guard: Guard = Guard(),  # noqa: B008 (frozen)
-) -> Callable:
+  encode: Callable | None = None,
+  frozen=(),
+) -> Step:
   """Builds the jitted `step(state, batch) -> (state, metrics)` for states placed as `state` is.
 
   The model computes with whole parameters: where they are kept in parts, each step gathers them,
@@ -82,10 +101,14 @@ def make_train_step(
   A step that the guard does not let pass leaves parameters, average and optimiser as they are, to
   the bit, and is counted: the next one has the next batch and draws anew. The learning rate and
   the average's ramp follow the steps that were applied, as the optimiser's own counters do.
+
+  `encode(frozen, batch, key)` makes what the loss is given of a batch as it was read; `frozen` are
+  parameters that nothing trains, whole on every device.
   """
 
-  def step(state: TrainState, batch):
+  def step(state: TrainState, batch, frozen):
     key = step_key(seed, state.step)
+    batch = encode(frozen, batch, key) if encode else batch
     applied = state.step - state.guard.total
     grad = jax.value_and_grad(loss, has_aux=True)
     whole = jax.lax.with_sharding_constraint(state.params, everywhere)
@@ -112,6 +135,5 @@ def make_train_step(
   placed = jax.tree.map(lambda x: x.sharding, state)
   mesh = placed.step.mesh
   everywhere, rows = replicated(mesh), batch_sharding(mesh)
-  return jax.jit(
-    step, donate_argnums=0, in_shardings=(placed, rows), out_shardings=(placed, everywhere)
-  )
+  shardings = dict(in_shardings=(placed, rows, everywhere), out_shardings=(placed, everywhere))
+  return Step(jax.jit(step, donate_argnums=0, **shardings), frozen)
