@@ -27,8 +27,6 @@ ARGUMENTS = (
     finetune=False,  # start from the pre-training in the same workdir
     init_from="",  # start from another run's workdir instead
     init_weights="ema",  # ema or raw: which of its weights
-    latent_diffusion=False,  # train on latents of an image encoder: size / 8 with 4 channels
-    use_preprocessed_latents=False,
     cfg_scale=1.5,  # classifier-free guidance of the samples; 1 is none
     sampling_steps=125,
     sample_fid=True,  # FID and its kin; False: a small classifier judges, no download
@@ -41,9 +39,7 @@ ARGUMENTS = (
 
 def get_config(arg=None):
   """One stage, "pretrain" or "finetune"."""
-  a = common.parse_arg(arg, **ARGUMENTS)
-  if a.use_preprocessed_latents and not a.latent_diffusion:
-    raise ValueError("use_preprocessed_latents=True needs latent_diffusion=True.")
+  a = images.parse_arg(arg, **ARGUMENTS)
   if a.finetune and not a.use_labels:
     raise ValueError("finetune=True is for class-conditional generation: add use_labels=True.")
   stage = "finetune" if a.finetune else "pretrain"
@@ -51,7 +47,9 @@ def get_config(arg=None):
 
 
 def _evals(a) -> dict:
-  sampling = common.sampling(steps=a.sampling_steps, cfg_scale=a.cfg_scale, path=a.path)
+  sampling = common.sampling(
+    steps=a.sampling_steps, cfg_scale=a.cfg_scale, path=a.path, cfg_channels=a.cfg_channels
+  )
   evals = dict(losses=images.losses(a, every=25_000))
   if a.no_noise_prob > 0:
     evals["reconstruction"] = images.reconstruction(a, every=25_000)
@@ -87,9 +85,5 @@ def _stage(a) -> dict:
     init_fresh=("label_embed",) if a.use_labels else (),
     eval_batch_size=1024,
     checkpoint_every=5000 if a.save_ckpt else 0,
-    latents=dict(
-      name="sd-vae-ft-mse", factor=8, channels=4, preprocessed=a.use_preprocessed_latents
-    )
-    if a.latent_diffusion
-    else None,
+    latents=images.latents(a),
   )

@@ -15,8 +15,7 @@ ARGUMENTS = dict(
   images.ARGUMENTS,
   # What the checkpoint is expected to be; checked where given, `size` always.
   variant="B/4",
-  adaln=True,
-  latent_diffusion=False,
+  adaln=True,  # and latent_diffusion
   width=768,
   run="",  # probe the run in this folder instead
   weights="ema",  # ema or raw
@@ -45,7 +44,7 @@ TRAIN = {"cifar10": "train[:90%]", "tiny_imagenet": "train[:90%]"}
 
 def get_config(arg=None):
   """One stage, "linear_probe"."""
-  a = common.parse_arg(arg, **ARGUMENTS)
+  a = images.parse_arg(arg, **ARGUMENTS)
   return ConfigDict(dict(stages=("linear_probe",), linear_probe=_stage(a)))
 
 
@@ -58,7 +57,7 @@ def _stage(a) -> dict:
     )
   with a.unlocked():
     a.train_split = a.train_split or TRAIN.get(a.dataset, "")
-  train, test = images.train_data(a), images.test_data(a, "test")
+  train, test = images.train_data(a), images.seen_data(a, "test")
   return dict(
     trainer="linear_probe",
     seed=a.seed,

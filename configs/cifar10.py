@@ -6,7 +6,7 @@ Reads TFDS's `cifar10` from $TFDS_DATA_DIR, and downloads it if it is not there.
 two_stages.py; docs/results.md has what came of them.
 """
 
-from configs import common, two_stages
+from configs import images, two_stages
 
 ARGUMENTS = {
   **two_stages.ARGUMENTS,
@@ -20,4 +20,4 @@ ARGUMENTS = {
 
 def get_config(arg=None):
   """Both stages, "pretrain" and "finetune"."""
-  return two_stages.get_config(common.parse_arg(arg, **ARGUMENTS))
+  return two_stages.get_config(images.parse_arg(arg, **ARGUMENTS))

@@ -31,6 +31,7 @@ ARGUMENTS = dict(
   fid_reference="",  # npz of statistics to measure against; else those of the training set
   inception_weights="",  # file of Inception's weights; else in the cache, or downloaded there
   quantize="round",  # how samples become 8-bit images: round, adm, dit or none
+  cfg_channels=0,  # guide the first so many channels of latents only (DiT, MDT: 3); 0: all
   sampler="ddim",  # ddim, ddpm or heun
   head="eps",  # eps or x0: what the sampler reads
   probe=True,  # few-shot probes on the transfer sets
@@ -113,7 +114,11 @@ def _stage(a) -> dict:
   evals = _probes(a) if a.probe else {}
   if a.sample and a.samples:
     sampling = common.sampling(
-      steps=a.sampling_timesteps, cfg_scale=a.cfg_scale, sampler=a.sampler, head=a.head
+      steps=a.sampling_timesteps,
+      cfg_scale=a.cfg_scale,
+      cfg_channels=a.cfg_channels,
+      sampler=a.sampler,
+      head=a.head,
     )
     evals["generation"] = images.generation(
       a, num=a.num_samples, sampling=sampling, every=1, metrics=images.FINAL_METRICS

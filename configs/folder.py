@@ -6,7 +6,7 @@ A tenth of the images is held out, unless train_split= and test_split= name fold
 (train, val) or other parts. The rest of the ARGUMENTS is in two_stages.py.
 """
 
-from configs import common, two_stages
+from configs import images, two_stages
 
 ARGUMENTS = {
   **two_stages.ARGUMENTS,
@@ -22,7 +22,7 @@ del ARGUMENTS["dataset"], ARGUMENTS["data_dir"]
 
 def get_config(arg=None):
   """The stages "pretrain" and, with labels, "finetune"."""
-  a = common.parse_arg(arg, **ARGUMENTS)
+  a = images.parse_arg(arg, **ARGUMENTS)
   if not a.root:
     raise ValueError("root='' must be a folder of images: configs/folder.py:root=PATH.")
   with a.unlocked():

@@ -32,8 +32,10 @@ ARGUMENTS = {
 
 def get_config(arg=None):
   """One stage, "pretrain"."""
-  a = common.parse_arg(arg, **ARGUMENTS)
-  sampling = common.sampling(steps=a.sampling_steps, cfg_scale=a.cfg_scale, path=a.path)
+  a = images.parse_arg(arg, **ARGUMENTS)
+  sampling = common.sampling(
+    steps=a.sampling_steps, cfg_scale=a.cfg_scale, path=a.path, cfg_channels=a.cfg_channels
+  )
   probe = dict(protocol=("umd",), shots=(10, 100), pixels=False)
   evals = dict(
     losses=images.losses(a, every=25_000),
@@ -55,5 +57,6 @@ def get_config(arg=None):
     ema_decay=a.ema_decay,
     evals=evals,
     summary=images.SUMMARY,
+    latents=images.latents(a),
   )
   return ConfigDict(dict(stages=("pretrain",), pretrain=stage))

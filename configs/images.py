@@ -38,6 +38,11 @@ ARGUMENTS = dict(
   fid_reference="",  # npz of statistics to measure against; else those of the training set
   inception_weights="",  # file of Inception's weights; else in the cache, or downloaded there
   quantize="round",  # how samples become 8-bit images: round, adm, dit or none
+  latent_diffusion=False,  # train on latents of images, not on their pixels
+  vae="sd-vae-ft-mse",  # what makes latents: a published name, a folder, or hf:ORG/REPO
+  use_preprocessed_latents=False,  # read latents that tools.encode_latents made
+  latents_dir="",  # from this folder
+  cfg_channels=0,  # guide the first so many channels of latents only (DiT, MDT: 3); 0: all
 )
 
 # Of samples under Inception, at the end.
@@ -60,6 +65,31 @@ SUMMARY = (
   *GENERATION,
   *("final_generation/" + name for name in ("fid_*", "sfid_*", "is_*", "precision_*", "recall_*")),
 )
+
+
+def parse_arg(arg: str | None, **defaults):
+  """`common.parse_arg`; where latents are trained on, the path is "linear" unless it is given.
+
+  Raises:
+    ValueError: arguments that contradict one another; see also there.
+  """
+  a = common.parse_arg(arg, **defaults)
+  for name in ("use_preprocessed_latents", "latents_dir", "vae", "cfg_channels"):
+    if name in a.given and a[name] and not a.latent_diffusion:
+      raise ValueError(f"{name}={a[name]} needs latent_diffusion=True.")
+  if a.use_preprocessed_latents != bool(a.latents_dir):
+    raise ValueError(
+      f"use_preprocessed_latents={a.use_preprocessed_latents} and latents_dir={a.latents_dir!r} go "
+      "together: name the folder that tools.encode_latents wrote."
+    )
+  if a.latent_diffusion and "path" in a and "path" not in a.given:
+    a.path = "linear"  # That of latent diffusion (Rombach et al. 2022), and of the UMD paper.
+  return a
+
+
+def latents(a) -> dict | None:
+  """What is between pixels and the model: the arguments of `umd.codec.make`, None for nothing."""
+  return dict(vae=a.vae, dtype=a.dtype, chunk=8, tile=0) if a.latent_diffusion else None
 
 
 def train_pp(size: int, area_min: int) -> str:
@@ -99,26 +129,41 @@ def splits(a) -> dict:
 
 
 def train_data(a) -> dict:
-  """Spec of the training images."""
+  """Spec of what is trained on: images, or stored latents in a random view."""
+  if a.use_preprocessed_latents:
+    return _latent_data(a, "train", "random_view")
   pp = train_pp(a.size, a.area_min)
   return common.data(name(a.dataset), splits(a)["train"], pp, a.data_dir, a.cache)
 
 
+def seen_data(a, part: str) -> dict:
+  """Spec of what the model sees of a part (a key of SPLITS' rows), without augmentation."""
+  return _latent_data(a, part, "view(0)") if a.use_preprocessed_latents else test_data(a, part)
+
+
 def test_data(a, part: str) -> dict:
-  """Spec of the images of a part (a key of SPLITS' rows), without augmentation."""
+  """Spec of the images of a part, without augmentation."""
   spec = name(a.dataset), splits(a)[part], test_pp(a.size), a.data_dir, a.cache
   return common.data(*spec)
 
 
+def _latent_data(a, part: str, view: str) -> dict:
+  # Of folders and arrays, which have the one split "all"; TFDS keeps that word for itself.
+  split = splits(a)[part].replace("all", "train")
+  pp = f"{view}|keep('image', 'label')"
+  return common.data(f"latents:{a.latents_dir}", split, pp)
+
+
 def fewshot(a, *, every: int, **settings) -> dict:
-  """Few-shot probe of the representation."""
-  train, test = test_data(a, "labelled"), test_data(a, "test")
+  """Few-shot probe of the representation; stored latents have no pixels to compare it with."""
+  train, test = seen_data(a, "labelled"), seen_data(a, "test")
+  settings["pixels"] = settings.get("pixels", True) and not a.use_preprocessed_latents
   return dict(type="fewshot", train=train, test=test, every=every, **settings)
 
 
 def losses(a, *, every: int, num: int = 2048) -> dict:
   """The objective on `num` images that were not trained on."""
-  return dict(type="losses", data=test_data(a, "held_out"), num=num, every=every)
+  return dict(type="losses", data=seen_data(a, "held_out"), num=num, every=every)
 
 
 def reconstruction(a, *, every: int, num: int = 2048) -> dict:

@@ -6,7 +6,7 @@ TFDS has no builder for it: docs/data.md says how to prepare one from a folder o
 of two_stages.py.
 """
 
-from configs import common, two_stages
+from configs import images, two_stages
 
 ARGUMENTS = {
   **two_stages.ARGUMENTS,
@@ -20,4 +20,4 @@ ARGUMENTS = {
 
 def get_config(arg=None):
   """Both stages, "pretrain" and "finetune"."""
-  return two_stages.get_config(common.parse_arg(arg, **ARGUMENTS))
+  return two_stages.get_config(images.parse_arg(arg, **ARGUMENTS))

@@ -68,6 +68,7 @@ def _pretrain(a) -> dict:
     evals=evals,
     summary=tuple(summary),
     checkpoint_every=500,
+    latents=images.latents(a),
   )
 
 
@@ -76,13 +77,15 @@ def _finetune(a) -> dict:
   generation = images.generation(
     a,
     num=a.num_samples,
-    sampling=common.sampling(steps=a.sampling_steps, cfg_scale=a.cfg_scale, path=a.path),
+    sampling=common.sampling(
+      steps=a.sampling_steps, cfg_scale=a.cfg_scale, path=a.path, cfg_channels=a.cfg_channels
+    ),
     every=_every(a, a.finetune_steps),
   )
-  data = images.train_data(a)
+  a.area_min = a.finetune_area_min
   return common.autoencoder(
     a,
-    data=dict(data, pp=images.train_pp(a.size, a.finetune_area_min)),
+    data=images.train_data(a),
     streams=common.streams(clean, 0.0, a.mask_ratio_no_noise),
     optim=common.optim(a.finetune_lr, 0.0, 0.999),
     batch_size=a.batch_size,
@@ -95,4 +98,5 @@ def _finetune(a) -> dict:
     init_from="stage:pretrain",
     init_fresh=("label_embed",),
     checkpoint_every=500,
+    latents=images.latents(a),
   )

@@ -170,6 +170,11 @@ def test_a_run_without_a_length_or_with_two_is_an_error(steps, epochs):
   [
     ("finetune=True", "finetune=True .* add use_labels=True"),
     ("use_preprocessed_latents=True", "use_preprocessed_latents=True needs latent_diffusion=True"),
+    ("latents_dir=DIR", "latents_dir=DIR needs latent_diffusion=True"),
+    ("vae=sd3", "vae=sd3 needs latent_diffusion=True"),
+    ("cfg_channels=3", "cfg_channels=3 needs latent_diffusion=True"),
+    ("latent_diffusion=True,use_preprocessed_latents=True", "name the folder"),
+    ("latent_diffusion=True,latents_dir=DIR", "go together"),
     ("dataset=flowers", "dataset='flowers' .* give train_split= and test_split= too"),
     ("dataset=flowers,train_split=train", "train_split= and test_split= too"),
   ],
