@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_dict
 
 import configs
 import trainers
-from configs import ae_i1k_lp, common, eval_ae_i1k, quickstart
+from configs import ae_i1k_lp, common, eval_ae_i1k, quickstart, vae_tiny
 from trainers import keys, schema, stages, validate
 from umd import workdir as folder
 from umd.models.autoencoder import AutoEncoder
@@ -28,6 +28,10 @@ MORE = {
   "eval_ae_i1k": ["noised_pred=True,variant=B/4", "cfg_scale=2", "sample_fid=False"],
   "ae_i1k_lp": ["steps=9,use_noised_pred=False", "width=768,adaln=True"],
   "i1k_64": ["sample_fid=False,path=flow", "fid_reference=some.npz,fsdp=True"],
+  "vae_tiny": [
+    "dataset=digits,size=16,latent_channels=3",
+    "dataset=tiny_imagenet,size=64,layers=2",
+  ],
 }
 
 
@@ -71,6 +75,7 @@ STAGES = {
   "pretrain": quickstart.get_config().pretrain.to_dict(),
   "evaluate": eval_ae_i1k.get_config("datasets=pets,variant=B/4").eval.to_dict(),
   "linear_probe": ae_i1k_lp.get_config("variant=B/4").linear_probe.to_dict(),
+  "kl_autoencoder": vae_tiny.get_config().to_dict(),
 }
 STAGES["autoencoder"]["init_from"] = "runs/other"  # There is no other stage.
 STAGES["evaluate"]["evals"]["generation"]["reference"] = "some.npz"
@@ -162,7 +167,7 @@ OPTIONAL = {
   "evals.generation": (
     *("scale", "features", "train", "test", "reference", "weights", "quantize", "metrics"),
   ),
-  "evals.generation.sampling": ("sampler", "steps", "head", "cfg_scale"),
+  "evals.generation.sampling": ("sampler", "steps", "head", "cfg_scale", "cfg_channels"),
   "expected": ("variant", "size"),
   **dict.fromkeys(("data", "select", "test"), SPEC),
   **dict.fromkeys(("evals.losses.data", "evals.reconstruction.data"), SPEC),
@@ -251,8 +256,8 @@ RANGES = {
   ("autoencoder", "data.shuffle_buffer"): ([0, 1.0], [1]),
   ("autoencoder", "data.name"): ([""], ["digits"]),
   ("autoencoder", "latents"): (
-    [{"factor": 8}, {"name": "vae", "factor": 0, "channels": 4, "preprocessed": False}],
-    [{}, {"name": "vae", "factor": 8, "channels": 4, "preprocessed": False}],
+    [{"dtype": "float32"}, {"vae": ""}, {"vae": "v", "chunk": 0}, {"vae": "v", "dtype": "half"}],
+    [{}, {"vae": "v"}, {"vae": "v", "dtype": "float32", "chunk": 2, "tile": 64}],
   ),
   ("autoencoder", "evals.generation.every"): ([-1, 1.0], [0, 1]),
   ("autoencoder", "evals.generation.type"): (["", "fewshots"], ["generation"]),
@@ -260,6 +265,21 @@ RANGES = {
   ("autoencoder", "evals.generation.rows"): ([0], [1]),
   ("autoencoder", "evals.generation.sampling.steps"): ([0], [1]),
   ("autoencoder", "evals.generation.sampling.cfg_scale"): ([-1.0, NAN], [0, 4.0]),
+  ("kl_autoencoder", "objective.error"): (["lpips", ""], ["l1", "l2"]),
+  ("kl_autoencoder", "objective.kl_weight"): ([-1e-6, NAN, INF], [0, 1.0]),
+  ("kl_autoencoder", "model.dtype"): (["float16"], ["float32", "bfloat16"]),
+  ("kl_autoencoder", "model.architecture.block_out_channels"): (
+    [(), (0,), (8, 12), "8+8", (8.0,)],
+    [(8,), [16, 8]],
+  ),
+  ("kl_autoencoder", "model.architecture.layers_per_block"): ([0, 1.0], [3]),
+  ("kl_autoencoder", "model.architecture.latent_channels"): ([0], [16]),
+  ("kl_autoencoder", "model.architecture.mid_block_add_attention"): ([1], [False]),
+  ("kl_autoencoder", "eval_every"): ([0, 1.0], [1]),
+  ("kl_autoencoder", "eval_num"): ([-1], [0, 1]),
+  ("kl_autoencoder", "scaling_num"): ([0], [1]),
+  ("kl_autoencoder", "checkpoint.every"): ([-1], [0, 1]),
+  ("kl_autoencoder", "init_from"): (["stage:other"], [""]),
   ("linear_probe", "lrs"): ([(), (0.0,), (NAN,), (0.1, 0.1), (0.1, 0.1 + 1e-9)], [(0.1, 0.2)]),
   ("linear_probe", "timesteps"): ([(), (-1,), (0, 0), (0.5,)], [(0, 50), [7]]),
   ("linear_probe", "init_from"): ([""], ["stage:pretrain", "runs/a"]),

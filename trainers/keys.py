@@ -12,9 +12,12 @@ import evaluators
 from trainers.schema import Field, Named, Section, arguments, inside
 from umd import data, optim
 from umd.checkpoint import WEIGHTS
+from umd.codec import Latents
 from umd.guard import Guard
 from umd.inference import Inference
+from umd.kl_objective import ERRORS, make_loss
 from umd.models.autoencoder import AutoEncoder, parse_variant
+from umd.models.vae import Architecture, KLAutoEncoder
 from umd.objectives import Stream, Term
 from umd.paths import make_path
 from umd.retention import Retention
@@ -79,6 +82,29 @@ MODEL = Section(
   ),
   build=lambda variant, **_: parse_variant(variant),
 )
+
+
+def _architecture(**sizes) -> None:
+  """Raises ValueError, with names as in the config, unless there can be such an auto-encoder."""
+  try:
+    Architecture(**{k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()})
+  except ValueError as error:
+    raise ValueError(f"architecture.{error}") from None
+
+
+ARCHITECTURE = Section(
+  arguments(
+    # What is left out follows from the data, is measured, or is there for the latents' centring.
+    *(Architecture, "in_channels", "out_channels", "scaling_factor", "shift_factor"),
+    *("use_quant_conv", "use_post_quant_conv"),
+    block_out_channels=Field(tuple[int, ...], COUNT, "The widths of the levels.", filled=True),
+    layers_per_block=Field(int, COUNT),
+    latent_channels=Field(int, COUNT),
+    norm_num_groups=Field(int, COUNT),
+    mid_block_add_attention=Field(bool),
+  ),
+  build=_architecture,
+)
 STREAM = Section(
   arguments(
     *(Stream, "name"),
@@ -103,10 +129,13 @@ OPTIM = Section(
 )
 LATENTS = Section(
   {
-    "name": Field(str, filled=True),
-    "factor": Field(int, COUNT),
-    "channels": Field(int, COUNT),
-    "preprocessed": Field(bool),
+    "vae": Field(str, None, "A published name, a folder, or hf:ORG/REPO.", filled=True),
+    **arguments(
+      *(Latents, "weights", "mesh"),
+      dtype=("float32", "bfloat16"),
+      chunk=COUNT,
+      tile=Field(int, "[0, inf)", "Side in pixels; 0 for no tiles.", required=False),
+    ),
   },
   empty=True,
 )
@@ -144,6 +173,7 @@ TRAINING = {
   "log_every": Field(int, COUNT),
   "data": DATA,
 }
+EMA_DECAY = Field(float, SHARE, "E.g. 0.9999; 0 is no average.")
 TRAINED = Field(str, None, 'It must name a run: "stage:NAME" or its folder.', filled=True)
 
 # trainer: its keys.
@@ -160,7 +190,7 @@ STAGES = {
     "guard": Section(arguments(Guard), build=Guard),
     "use_labels": Field(bool),
     "label_drop_prob": Field(float, "[0, 1]"),
-    "ema_decay": Field(float, SHARE, "E.g. 0.9999; 0 is no average."),
+    "ema_decay": EMA_DECAY,
     "init_from": Field(str, None, '"stage:NAME", the folder of a run, or "".'),
     "init_fresh": Field(tuple[str, ...], PARTS),
     "evals": Named(_evaluator),
@@ -173,6 +203,30 @@ STAGES = {
     "expected": EXPECTED,
     "evals": Named(_evaluator),
     "guide_if_labelled": Field(bool),
+  },
+  "kl_autoencoder": {
+    **{name: field for name, field in ANY.items() if name != "init_weights"},
+    **TRAINING,
+    "test": DATA,
+    "model": Section(
+      arguments(
+        *(KLAutoEncoder, "parent", "name"),
+        architecture=ARCHITECTURE,
+        dtype=("float32", "bfloat16"),
+      )
+    ),
+    "objective": Section(
+      arguments(make_loss, "model", error=tuple(ERRORS), kl_weight="[0, inf)"),
+    ),
+    "fsdp": Field(bool),
+    "optim": OPTIM,
+    "guard": Section(arguments(Guard), build=Guard),
+    "ema_decay": EMA_DECAY,
+    "init_from": Field(str, ("",), "This trainer starts from nothing."),
+    "eval_every": Field(int, COUNT),
+    "eval_num": Field(int, "[0, inf)", "Held-out images to look at; 0 stands for all."),
+    "scaling_num": Field(int, COUNT, "Images that the scaling factor is measured on."),
+    "checkpoint": _checkpoint("[0, inf)"),
   },
   "linear_probe": {
     **ANY,

@@ -1,0 +1,97 @@
+"""A small KL auto-encoder, trained in minutes on a CPU: the first stage of latent diffusion.
+
+  bash run.sh train --config configs/vae_tiny.py --workdir runs/vae
+  bash run.sh train --config configs/vae_tiny.py:dataset=tiny_imagenet,size=64 --workdir runs/vae64
+
+Its weights, in <workdir>/vae, are what `vae=` of the configs with latent_diffusion=True takes.
+Without a download: dataset=digits,size=16. ARGUMENTS lists the rest.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, images
+
+ARGUMENTS = dict(
+  dataset="cifar10",  # a TFDS data set, or folder:PATH, or npz:FILE, or digits
+  data_dir="",  # where TFDS data is; else $TFDS_DATA_DIR, else TFDS's own place
+  train_split="",  # needed for data sets that are not in SPLITS of images.py, as is test_split
+  test_split="",
+  cache=True,  # keep the encoded images in this host's memory
+  size=32,  # side of the images in pixels
+  widths="16+32+64",  # of the levels, joined by "+"; each but the last halves the side: here f4
+  layers=1,  # ResNets of a level
+  groups=8,  # of the group normalisations
+  attention=True,  # at the lowest resolution, among all pixels there
+  latent_channels=4,
+  dtype="float32",  # of the computation: float32 or bfloat16
+  error="l1",  # of the reconstruction: l1 or l2
+  kl_weight=1e-6,
+  steps=700,
+  batch_size=64,
+  lr=1e-3,  # peak learning rate
+  ema_decay=0.995,
+  evaluations=4,  # times that it is evaluated, the last step included
+  eval_num=2048,  # held-out images to look at; 0: all
+  scaling_num=10_000,  # training images that the scaling factor is measured on
+  fsdp=False,  # split parameters, their average and the optimiser over the devices
+  seed=0,
+  wandb_mode="disabled",  # online, offline or disabled
+)
+
+SUMMARY = (
+  *("reconstruction/psnr", "reconstruction/mse", "reconstruction/mean_image_mse"),
+  *("reconstruction/kl", "vae/scaling_factor"),
+)
+
+
+def get_config(arg=None):
+  """A complete config of `trainers/kl_autoencoder.py`."""
+  a = common.parse_arg(arg, **ARGUMENTS)
+  for name in ("steps", "evaluations"):
+    if a[name] < 1:
+      raise ValueError(f"{name}={a[name]} must be at least 1.")
+  train, test = _data(a)
+  architecture = dict(
+    block_out_channels=common.numbers("widths", a.widths, int),
+    layers_per_block=a.layers,
+    latent_channels=a.latent_channels,
+    norm_num_groups=a.groups,
+    mid_block_add_attention=a.attention,
+  )
+  return ConfigDict(
+    dict(
+      trainer="kl_autoencoder",
+      seed=a.seed,
+      batch_size=a.batch_size,
+      eval_batch_size=256,
+      data=train,
+      test=test,
+      model=dict(architecture=architecture, dtype=a.dtype),
+      objective=dict(error=a.error, kl_weight=a.kl_weight),
+      optim=common.optim(a.lr, 0.0, 0.99),
+      steps=a.steps,
+      epochs=0.0,
+      ema_decay=a.ema_decay,
+      fsdp=a.fsdp,
+      guard=dict(common.GUARD),
+      init_from="",
+      eval_every=-(-a.steps // a.evaluations),
+      eval_num=a.eval_num,
+      scaling_num=a.scaling_num,
+      summary=SUMMARY,
+      **common.records(a, log_every=50, checkpoint_every=250),
+    )
+  )
+
+
+def _data(a) -> tuple[dict, dict]:
+  """Specs of the images for training and of those held out."""
+  if a.dataset == "digits":
+    splits = a.train_split or "train", a.test_split or "test"
+    return tuple(common.data(a.dataset, split, f"resize({a.size})") for split in splits)
+  test = images.test_data(a, "held_out")
+  # Unlike a crop that is resized, this one keeps the sharpness that images have.
+  ops = ("decode", f"resize_small({a.size})", f"random_crop({a.size})", "flip_lr")
+  pp = "|".join([*ops, "value_range(-1, 1)", "keep('image', 'label')"])
+  train = common.data(images.name(a.dataset), images.splits(a)["train"], pp, a.data_dir, a.cache)
+  return train, test
