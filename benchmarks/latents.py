@@ -1,0 +1,154 @@
+"""The training step on stored latents against the step that encodes images itself.
+
+python -m benchmarks.latents --variant B/2 --size 256 --batch_size 4 --repeats 3 --out latents.jsonl
+
+Both steps are the trainer's, with the same model and batch, and run in turns in one process. The
+auto-encoder is Stable Diffusion's in size with random weights, which cost as much as trained ones.
+Memory is the compiler's account of one device: arguments (state, frozen parameters, batch) and
+temporaries. `disk` is what `tools.encode_latents` would write, per million images.
+"""
+
+import argparse
+import datetime
+import functools
+import json
+import os
+import platform
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from configs import ae_i1k
+from trainers import methods
+from umd.codec import Latents, encode_batch
+from umd.models.autoencoder import AutoEncoder
+from umd.models.vae import Architecture, KLAutoEncoder
+from umd.objectives import make_loss
+from umd.paths import make_path
+from umd.sharding import make_mesh, put_batch
+from umd.state import init_state, make_train_step
+from umd.vae_weights import Weights
+
+FLOAT16 = 2  # Bytes of a number on disk.
+
+
+def random_codec(mesh, size: int, dtype: str, chunk: int) -> Latents:
+  """A codec of Stable Diffusion's size."""
+  architecture = Architecture()
+  noise = jnp.zeros((1, size // 8, size // 8, architecture.latent_channels))
+  init = lambda key: KLAutoEncoder(architecture).init(key, jnp.zeros((1, size, size, 3)), noise)
+  params = jax.device_get(jax.jit(init)(jax.random.key(0))["params"])
+  return Latents(Weights("random", architecture, params, "0" * 64), mesh, dtype, chunk)
+
+
+def make_steps(args: argparse.Namespace, mesh) -> dict:
+  """The trainer's step, a function that makes a state, and a batch of either kind."""
+  codec = random_codec(mesh, args.size, args.dtype, args.chunk)
+  arguments = f"variant={args.variant},size={args.size},batch_size={args.batch_size}"
+  config = ae_i1k.get_config(f"{arguments},latent_diffusion=True,dtype={args.dtype}").pretrain
+  image_size = (args.size, args.size, 3)
+  seen = codec.model_size(image_size)
+  model = AutoEncoder(image_size=seen, **config.model.to_dict())
+  streams, path = methods.make_streams(config.streams), make_path(**config.path.to_dict())
+  loss, tx = make_loss(model, path, streams, args.batch_size), optax.adamw(1e-4)
+  blank = jnp.zeros((1, *seen)), jnp.zeros(1, jnp.int32)
+  init = lambda key: model.init(key, *blank)["params"]
+  fresh = lambda: init_state(init, tx, jax.random.key(0), mesh)
+  step = make_train_step(
+    loss,
+    tx,
+    lambda step: 1e-4,
+    ema_decay=0.9999,
+    seed=0,
+    state=fresh(),
+    encode=functools.partial(encode_batch, codec),
+    frozen=codec.params,
+  )
+
+  def batch(*shape):
+    rng = np.random.default_rng(0)
+    images = rng.uniform(-1, 1, (args.batch_size, *shape)).astype(np.float32)
+    return put_batch({"image": images, "label": np.zeros(args.batch_size, np.int32)}, mesh)
+
+  stored = (*seen[:2], 2 * seen[2])
+  return {"state": fresh, "step": step, "stored": batch(*stored), "on the fly": batch(*image_size)}
+
+
+def measure(args: argparse.Namespace) -> list[dict]:
+  """A row per kind of step."""
+  parts = make_steps(args, make_mesh())
+  rows, seconds = {}, {}
+  for kind in ("stored", "on the fly"):
+    start = time.perf_counter()
+    compiled = parts["step"].lower(parts["state"](), parts[kind]).compile()
+    memory = compiled.memory_analysis()
+    rows[kind] = {
+      "kind": kind,
+      "compile_seconds": time.perf_counter() - start,
+      "arguments_mib": memory.argument_size_in_bytes / 2**20,
+      "temporaries_mib": memory.temp_size_in_bytes / 2**20,
+    }
+    state, _ = parts["step"](parts["state"](), parts[kind])
+    jax.block_until_ready(state)
+    seconds[kind] = []
+  for _ in range(args.repeats):  # In turns: what slows the machine down slows both.
+    for kind in rows:
+      start = time.perf_counter()
+      state, _ = parts["step"](state, parts[kind])
+      jax.block_until_ready(state)
+      seconds[kind].append(time.perf_counter() - start)
+  for kind, row in rows.items():
+    row["images_per_second"] = args.batch_size / statistics.median(seconds[kind])
+  ratios = [b / a for a, b in zip(seconds["stored"], seconds["on the fly"], strict=True)]
+  rows["stored"]["times_as_fast"] = statistics.median(ratios)
+  side = args.size // Architecture().factor
+  numbers = side * side * 2 * Architecture().latent_channels
+  rows["stored"]["disk_gb_per_million_and_view"] = 1e6 * numbers * FLOAT16 / 1e9
+  return list(rows.values())
+
+
+def machine(args: argparse.Namespace) -> dict:
+  """When, where and on what this ran."""
+  return {
+    "benchmark": "latents",
+    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "machine": platform.platform(),
+    "cores": os.cpu_count(),
+    "device": jax.devices()[0].device_kind,
+    "devices": jax.device_count(),
+    "jax": jax.__version__,
+    **{k: v for k, v in vars(args).items() if k != "out"},
+  }
+
+
+def main(argv: list[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(
+    prog="benchmarks.latents", description=__doc__.split("\n", maxsplit=1)[0]
+  )
+  parser.add_argument("--variant", default="B/2", help="of the model, see ae_i1k.py")
+  parser.add_argument("--size", type=int, default=256, help="side of the images in pixels")
+  parser.add_argument("--batch_size", type=int, default=4)
+  parser.add_argument("--chunk", type=int, default=8, help="images that are encoded at a time")
+  parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+  parser.add_argument("--repeats", type=int, default=3, help="medians are over so many")
+  parser.add_argument("--out", help="append JSON lines to this file")
+  args = parser.parse_args(argv)
+  if args.repeats < 1:
+    parser.error("--repeats must be at least 1")
+  print(("{:>12}" * 6).format("", "images/s", "times", "state MiB", "temp. MiB", "GB/million"))
+  for row in measure(args):
+    times, disk = row.get("times_as_fast"), row.get("disk_gb_per_million_and_view")
+    numbers = (row["images_per_second"], times, row["arguments_mib"], row["temporaries_mib"], disk)
+    cells = "".join(f"{'-':>12}" if value is None else f"{value:12.2f}" for value in numbers)
+    print(f"{row['kind']:>12}{cells}", flush=True)
+    if args.out:
+      with open(args.out, "a", encoding="utf-8") as f:
+        f.write(json.dumps({**machine(args), **row}) + "\n")
+
+
+if __name__ == "__main__":
+  main()
