@@ -10,6 +10,7 @@ import pytest
 
 from trainers.nonfinite import inspect
 from umd import data
+from umd.codec import Pixels
 from umd.diagnosis import _watched, diagnose
 from umd.models.blocks import Stack
 from umd.objectives import Stream, Term, make_loss
@@ -182,7 +183,7 @@ def test_the_batch_of_the_step_and_the_report_are_left_in_the_workdir(tmp_path, 
   loss, params = method
   source = data.load("digits", "train")
   batches_from = lambda n: data.train_batches(source, BATCH, seed=3, start_step=n)
-  parts = types.SimpleNamespace(mesh=make_mesh(), loss=loss, streams=STREAMS)
+  parts = types.SimpleNamespace(mesh=make_mesh(), codec=Pixels(), loss=loss, streams=STREAMS)
   bad = {**params, "mask_token": np.full_like(params["mask_token"], np.nan)}
   said = inspect(parts, batches_from, bad, 12, 3, str(tmp_path))
   path = tmp_path / "nonfinite_step_12.npz"
