@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from evaluators.context import say
 from umd.data import Source
-from umd.progress import Clock
+from umd.progress import Clock, during
 
 FEATURES = 64
 EPOCHS, MAX_STEPS, BATCH, PEAK_LR, WEIGHT_DECAY = 30, 4000, 64, 3e-3, 1e-2
@@ -129,7 +129,9 @@ def load_or_train(source: Source, cache: str, seed: int = 0, progress: Callable 
   check(source)
   model = Classifier(source.num_classes)
   params = model.init(jax.random.key(seed), jnp.zeros((1, *source.image_size)))["params"]
-  path = os.path.join(cache, f"classifier_{_fingerprint(source)}_{seed}.msgpack")
+  source.arrays()  # Reads and decodes them; tells of it.
+  with during(f"looking whether {source.name} has changed", progress):
+    path = os.path.join(cache, f"classifier_{_fingerprint(source)}_{seed}.msgpack")
   if os.path.exists(path):
     with open(path, "rb") as f:
       params = flax.serialization.from_bytes(params, f.read())

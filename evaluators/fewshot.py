@@ -8,6 +8,7 @@ import numpy as np
 from evaluators import knn as neighbours
 from evaluators.context import Context
 from evaluators.ridge import Ridge
+from umd import progress
 from umd.inference import FEATURES, example_keys
 from umd.state import TrainState
 
@@ -144,6 +145,8 @@ class Evaluator:
     (x, y), (queries, answers) = ((part[name], part["label"]) for part in (train, test))
     classes = self._train.num_classes
     found = {(protocol, k): [] for protocol in self._protocols for k in self._shots}
+    total = len(self._shots) * self._seeds
+    clock, done = progress.Clock(self._context.progress, f"fewshot: fits on {name}", total), 0
     for k in self._shots:
       for seed in range(self._seeds):
         ids = draw_shots(y, k, classes, seed)
@@ -151,13 +154,15 @@ class Evaluator:
         for protocol in self._protocols:
           l2 = UMD_L2 if protocol == "umd" else self._penalty(ridge, x, y, ids, seed)
           found[protocol, k].append(ridge.accuracy(queries, answers, l2))
+        clock(done := done + 1)
     for (protocol, k), accuracies in found.items():
       yield f"{name}_{protocol}_{k}shot_mean", float(np.mean(accuracies))
       yield f"{name}_{protocol}_{k}shot_std", float(np.std(accuracies))
     if self._knn:
-      votes = neighbours.accuracies(
-        (x, y), (queries, answers), classes, self._knn, self._context.mesh
-      )
+      with progress.during(f"fewshot: nearest neighbours of {name}", self._context.progress):
+        votes = neighbours.accuracies(
+          (x, y), (queries, answers), classes, self._knn, self._context.mesh
+        )
       yield from ((f"{name}_knn{k}", accuracy) for k, accuracy in votes.items())
 
   def __call__(self, state: TrainState) -> Iterator[tuple[str, float]]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from evaluators import classifier
 from evaluators.context import Context, open_data
-from umd import extraction, fid, quantize, statistics
+from umd import extraction, fid, progress, quantize, statistics
 from umd.data import Source
 from umd.inference import example_keys, example_normal
 from umd.sharding import all_agree
@@ -190,7 +190,8 @@ class Inception:
   def measure(self, found, listener: extraction.Gatherer) -> Iterator[tuple[str, float | str]]:
     """Metrics of the samples that `listener` gathered; their number stands in their names."""
     samples, number = listener.statistics(), statistics.label(self._num)
-    for name, value in statistics.compare(samples, self._reference, self._metrics).items():
+    tell = self._context.progress
+    for name, value in statistics.compare(samples, self._reference, self._metrics, tell).items():
       yield f"{name}_{number}", value
     yield "reference", self._reference.name
     yield "quantize", self._rounding
@@ -201,7 +202,9 @@ class Inception:
       return self._file
     context, source = self._context, self._source
     network = self._network
-    path = os.path.join(context.cache, f"inception_{extraction.fingerprint(source, network)}.npz")
+    with progress.during(f"looking whether {source.name} has changed", context.progress):
+      name = extraction.fingerprint(source, network)
+    path = os.path.join(context.cache, f"inception_{name}.npz")
     if all_agree(os.path.exists(path)):
       return dataclasses.replace(statistics.read(path), name=source.name)
     context.progress(

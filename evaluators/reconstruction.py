@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from evaluators.context import Context, count
-from umd import codec
+from umd import codec, progress
 from umd.data import eval_batches
 from umd.inference import example_keys
 from umd.metrics import Images, to_grid
@@ -76,9 +76,11 @@ class Evaluator:
 
     compiled = jax.jit(add_up, out_shardings=replicated(context.mesh))
     total, seen = 0.0, 0
+    clock = progress.Clock(context.progress, f"mean image of {self._source.name}", n)
     batches = eval_batches(self._source, context.batch_size, **context.place())
     for images, number in run_ahead(compiled, batches, context.mesh):
       total, seen = total + np.asarray(images, np.float64), seen + int(number)
+      clock(seen)
       if seen == n:
         break
     return (total / seen).astype(np.float32)

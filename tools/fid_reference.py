@@ -29,7 +29,7 @@ from umd.data.host import in_graph, tensorflow
 from umd.data.image_sets import locate, open_images
 from umd.data.pipeline import EVALUATION_SEED
 from umd.data.records import rows
-from umd.progress import format_seconds, say
+from umd.progress import Clock, format_seconds, say
 from umd.quantize import quantize
 from umd.sharding import each_process, make_mesh
 
@@ -70,8 +70,10 @@ def pick(source: Source, num: int) -> np.ndarray:
       in_graph(lambda row: tf.gather(wanted, row["index"]))
     )
     batches = chosen.map(in_graph(image), num_parallel_calls=tf.data.AUTOTUNE).batch(TOGETHER)
+    clock, done = Clock(say, f"picking images of {source.name}", int(wanted[low:high].sum())), 0
     for index, found in batches.as_numpy_iterator():
       images[np.searchsorted(ids, index)] = quantize(jnp.asarray(found), "round")
+      clock(done := done + len(index))
   for i in range(0, len(images) if jax.process_count() > 1 else 0, TOGETHER):
     sent = each_process([images[i : i + TOGETHER]])
     images[i : i + TOGETHER] = sum(part for (part,) in sent)  # Zero but in one process.

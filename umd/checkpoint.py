@@ -17,6 +17,7 @@ from etils import epath
 
 from umd import checksums, recovery, sharding
 from umd import workdir as folders
+from umd.progress import during, say
 from umd.retention import Retention
 from umd.state import TrainState
 
@@ -34,12 +35,6 @@ REMEDY = (
 def _folder(workdir: str) -> str:
   """Where the checkpoints are; orbax takes gs:// and absolute paths."""
   return os.path.join(workdir if folders.scheme(workdir) else os.path.abspath(workdir), FOLDER)
-
-
-def _print(text: str) -> None:
-  """Tells a line, on process 0 only."""
-  if jax.process_index() == 0:
-    print(text, flush=True)
 
 
 def _first_line(error: BaseException) -> str:
@@ -61,7 +56,7 @@ class Checkpoints:
     keep_every: int = 0,
     best: str = "",
     *,
-    say: Callable[[str], None] = _print,
+    say: Callable[[str], None] = say,
   ):
     """Opens (and makes) `workdir`/checkpoints.
 
@@ -148,7 +143,8 @@ class Checkpoints:
       return self._failed is None
     problem = None
     try:
-      self._manager.wait_until_finished()
+      with during(f"finishing the checkpoint of step {self._saving}", self._say):
+        self._manager.wait_until_finished()
     except Exception as error:  # A thread of orbax met it: of the disk, the bucket, a peer.
       problem = error
     if sharding.all_agree(problem is None):
@@ -191,7 +187,8 @@ class Checkpoints:
     Raises:
       ValueError: there are checkpoints, and all of them are damaged; they are left where they are.
     """
-    found = recovery.find_newest(self._folder)
+    with during("verifying the newest checkpoint", self._say):
+      found = recovery.find_newest(self._folder)
     if found.step is None:
       return None
     reports = [f"checkpoint {found.step} {found.note}"] if found.note else []
@@ -200,7 +197,8 @@ class Checkpoints:
       reports.append(f"checkpoint {step} is damaged: {text}; moved to {aside}, using an older one")
     self._manager.close()
     self._open()  # Also a barrier: all see the same checkpoints.
-    return recovery.Restored(*self.restore(like, found.step), found.step, reports)
+    with during(f"reading the checkpoint of step {found.step}", self._say):
+      return recovery.Restored(*self.restore(like, found.step), found.step, reports)
 
   def close(self) -> None:
     """Waits for the save under way.
@@ -241,9 +239,9 @@ def _newest(workdir: str, quick: bool) -> tuple[epath.Path, int]:
       "workdir of one that was trained."
     )
   for step, text in found.damaged.items():
-    _print(f"{folder}: checkpoint {step} is damaged: {text}; using {found.step}")
+    say(f"{folder}: checkpoint {step} is damaged: {text}; using {found.step}")
   if found.note:
-    _print(f"{folder}: checkpoint {found.step} {found.note}")
+    say(f"{folder}: checkpoint {found.step} {found.note}")
   return epath.Path(folder) / str(found.step) / "state", found.step
 
 
@@ -290,8 +288,9 @@ def load_params(workdir: str, weights: str = "ema") -> tuple[dict, int]:
     ValueError: `weights` is neither, or all checkpoints are damaged.
   """
   field = _field(weights)
-  path, step = _newest(workdir, quick=False)
-  with ocp.PyTreeCheckpointer() as checkpointer:
+  with during(f"verifying the newest checkpoint of {workdir}"):
+    path, step = _newest(workdir, quick=False)
+  with during(f"reading {path}"), ocp.PyTreeCheckpointer() as checkpointer:
     wanted = {field: _tree(path)[field]}
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     state = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)

@@ -52,7 +52,8 @@ def load_network(file: str, mesh: Mesh) -> Network:
   """Reads the weights in `file` (see `find_network`) and places them on the devices."""
   with open(file, "rb") as f:
     digest = hashlib.file_digest(f, "sha256").hexdigest()
-  return Network(replicate(from_torch(torch_checkpoint.read(file)), mesh), digest)
+  with progress.during("reading Inception's weights"):
+    return Network(replicate(from_torch(torch_checkpoint.read(file)), mesh), digest)
 
 
 def fingerprint(source: Source, network: Network) -> str:

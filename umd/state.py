@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from umd import progress
 from umd.guard import Guard, GuardState, choose, init_guard
 from umd.sharding import batch_sharding, replicated, state_shardings
 
@@ -60,8 +61,9 @@ def init_state(
     ema = jax.tree.map(jnp.copy, params)
     return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(params), init_guard())
 
-  shardings = state_shardings(jax.eval_shape(make, key), mesh, fsdp)
-  return jax.jit(make, out_shardings=shardings)(key)
+  with progress.during("compiling the initial state"):
+    shardings = state_shardings(jax.eval_shape(make, key), mesh, fsdp)
+    return jax.jit(make, out_shardings=shardings)(key)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from umd import fid, pairwise
+from umd import fid, pairwise, progress
 from umd.models.inception import POOL, SPATIAL
 
 FEW = 2048  # With fewer images than features the covariance is singular and an FID much too high.
@@ -230,8 +230,13 @@ def label(num: int) -> str:
   return f"{num // 1000}k" if num and num % 1000 == 0 else str(num)
 
 
-def compare(samples: Statistics, reference: Statistics, metrics: Sequence[str]) -> dict[str, float]:
-  """{name: value} of the metrics, keys of METRICS.
+def compare(
+  samples: Statistics,
+  reference: Statistics,
+  metrics: Sequence[str],
+  tell: progress.Tell = progress.say,
+) -> dict[str, float]:
+  """{name: value} of the metrics, keys of METRICS; `tell` takes a line about one that takes long.
 
   Raises:
     ValueError: the two are from networks with different weights, or see `check_serves`.
@@ -243,6 +248,7 @@ def compare(samples: Statistics, reference: Statistics, metrics: Sequence[str]) 
   values = {}
   for name in metrics:
     metric = METRICS[name]
-    found = np.atleast_1d(metric.measure(samples, reference))
+    with progress.during(f"computing {', '.join(metric.names)}", tell):
+      found = np.atleast_1d(metric.measure(samples, reference))
     values |= {key: float(value) for key, value in zip(metric.names, found, strict=True)}
   return values

@@ -5,13 +5,13 @@ is a function of the seed and of the example alone, so that a batch is the same 
 before it, in a run that was resumed, and on any number of processes.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from umd.data.host import OK, first_line, tensorflow
 from umd.data.records import row
+from umd.progress import say
 
 Batch = dict[str, np.ndarray]
 TRIES = 100  # Examples that are tried in the place of one.
@@ -102,7 +102,7 @@ def _read(source, seed: int, index: int, position: int) -> Batch | None:
   if len(source.bad) > source.max_bad:
     raise ValueError(_too_many(source, index))
   if is_new:
-    _say(f"[data] skipped {source.records.describe(index)}: {reason}")
+    say(f"[data] skipped {source.records.describe(index)}: {reason}", everywhere=True)
   return None
 
 
@@ -136,9 +136,3 @@ def check_labels(batch: Batch, source) -> None:
       f"0..{source.num_classes - 1}. (TFDS writes -1 where there is none.) Choose a split with "
       "labels; or, to train without them, put no_labels into pp."
     )
-
-
-def _say(text: str) -> None:
-  """Prints a line; letters that the output does not know are spelled out, not an error."""
-  encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-  print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)

@@ -4,8 +4,9 @@ import time
 
 import numpy as np
 
-from umd.data.host import first_line, guarded, in_graph, process_zero, tensorflow
+from umd.data.host import first_line, guarded, in_graph, tensorflow
 from umd.data.records import Records, rows
+from umd.progress import during, say
 
 
 class Cached(Records):
@@ -42,14 +43,13 @@ class Cached(Records):
     if self._loaded is None:
       with tensorflow().init_scope():  # Eagerly, even if a graph is what asks first.
         start = time.time()
-        self._loaded = self._read()
-        if process_zero():
-          size, seconds = _nbytes(self._loaded[0]) / 1e9, time.time() - start
-          print(
-            f"[data] {self.name}: {len(self)} records, {size:.3g} GB, read into memory in "
-            f"{seconds:.1f} s",
-            flush=True,
-          )
+        with during(f"[data] {self.name}: reading {len(self)} records into memory"):
+          self._loaded = self._read()
+        size, seconds = _nbytes(self._loaded[0]) / 1e9, time.time() - start
+        say(
+          f"[data] {self.name}: {len(self)} records, {size:.3g} GB, read into memory in "
+          f"{seconds:.1f} s"
+        )
     return self._loaded
 
   def _read(self):

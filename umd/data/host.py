@@ -27,13 +27,6 @@ def process_count() -> int:
   return jax.process_count()
 
 
-def process_zero() -> bool:
-  """Whether this process is the one that speaks for all."""
-  import jax
-
-  return jax.process_index() == 0
-
-
 def in_graph(function):
   """`function` for tf.data, as it is written: autograph would rewrite it, slowly."""
   return tensorflow().autograph.experimental.do_not_convert(function)

@@ -12,6 +12,7 @@ from umd.data.latents import latents
 from umd.data.preprocess import Preprocess
 from umd.data.records import Records
 from umd.data.tfds import tfds
+from umd.progress import Clock, during, say
 
 
 class Source:
@@ -63,11 +64,13 @@ class Source:
     if self._arrays is None:
       images = np.empty((len(self), *self.image_size), np.float32)
       labels, read = np.empty(len(self), np.int32), np.zeros(len(self), bool)
+      clock = Clock(say, f"[data] {self.name}: reading into memory", len(self))
       for batch in eval_batches(self, min(256, len(self))):
         real = batch["_mask"] > 0
         images[batch["index"][real]] = batch["image"][real]
         labels[batch["index"][real]] = batch["label"][real]
         read[batch["index"][real]] = True
+        clock(int(read.sum()))
       self._arrays = (images, labels) if read.all() else (images[read], labels[read])
     return self._arrays
 
@@ -134,7 +137,8 @@ def _records(name, split, data_dir, cache, shuffle_buffer) -> Records:
       f"data.name={name!r} is not one of ['digits', 'tfds:NAME', 'folder:PATH', 'npz:FILE', "
       "'latents:DIR']."
     )
-  records = KINDS[kind](rest, split, data_dir, shuffle_buffer)
+  with during(f"[data] opening {name}, split {split!r}"):
+    records = KINDS[kind](rest, split, data_dir, shuffle_buffer)
   if not cache or isinstance(records, Arrays):
     return records
   cached = Cached(records)
