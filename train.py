@@ -1,6 +1,8 @@
 """Trains what a config describes: python -m train --config CONFIG[:ARGUMENTS] --workdir DIR."""
 
+import contextlib
 import os
+import runpy
 import sys
 import traceback
 
@@ -28,6 +30,13 @@ HEARTBEAT_SECONDS = flags.DEFINE_integer(
   "heartbeat_seconds", 60, "A process silent for so long is dead; the others then end, too."
 )
 
+HELP_CONFIG = flags.DEFINE_bool(
+  "help_config", False, "Print the config's arguments with their values and meaning, and end."
+)
+DRY_RUN = flags.DEFINE_bool(
+  "dry_run", False, "Build everything, print what would be trained, write nothing, and end."
+)
+
 EXAMPLE = "python -m train --config configs/quickstart.py:method=umd --workdir runs/quickstart"
 
 
@@ -45,6 +54,9 @@ def _is_user_error(error: BaseException) -> bool:
 
 def _report(error: BaseException) -> int:
   """Prints the message alone if it is meant for the user, else a traceback; the exit status."""
+  from umd import progress
+
+  progress.end_line()
   if _is_user_error(error):
     print(f"error: {error}", file=sys.stderr)
     return 2
@@ -52,9 +64,33 @@ def _report(error: BaseException) -> int:
   return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
+def _help_config(argv) -> str | None:
+  """What --help_config is to print; None if nobody asks.
+
+  A look ahead: who asks for a config's arguments need not have given those that it needs.
+  """
+  asked = flags.FlagValues()
+  flags.DEFINE_bool(HELP_CONFIG.name, False, "", flag_values=asked)
+  flags.DEFINE_string(CONFIG.name, None, "", flag_values=asked)
+  asked.set_gnu_getopt()
+  asked(argv, known_only=True)
+  if not asked.help_config:
+    return None
+  if not asked.config:
+    raise ValueError("--help_config tells of a config: give --config, too.")
+  from configs import common
+  from trainers import config_help
+
+  path, _, text = asked.config.partition(":")
+  return config_help.describe(path, text, common.parse_arg, common.METHODS)
+
+
 def _parse_flags(argv):
   """Parses the flags; what is wrong with them is said in one line."""
   try:
+    if (text := _help_config(argv)) is not None:
+      print(text)
+      sys.exit()
     rest = flags.FLAGS(argv)
     if CONFIG.value is not None:
       list(CONFIG.value)  # A file that cannot be read is reported at the first access only.
@@ -68,8 +104,15 @@ def _parse_flags(argv):
     sys.exit(f"error: {told}\nSee --help, or the top of the config file. Example:\n  {EXAMPLE}")
 
 
+def _default():
+  """The config as its file has it, without arguments and flags; None where it needs arguments."""
+  path = config_flags.get_config_filename(flags.FLAGS[CONFIG.name]).partition(":")[0]
+  with contextlib.suppress(Exception):  # It has been read with arguments: nothing else is wrong.
+    return runpy.run_path(path)["get_config"]()
+
+
 def main(argv):
-  if len(argv) > 1 or CONFIG.value is None or WORKDIR.value is None:
+  if len(argv) > 1 or CONFIG.value is None or not (WORKDIR.value or DRY_RUN.value):
     sys.exit(f"error: --config and --workdir are needed, nothing else. Example:\n  {EXAMPLE}")
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save otherwise.
@@ -88,11 +131,14 @@ def main(argv):
       heartbeat_seconds=HEARTBEAT_SECONDS.value,
     )
     preemption.join()
-    from trainers import stages
+    from trainers import dry_run, stages
 
-    summaries = stages.run(config, WORKDIR.value, KEY.value)
+    if DRY_RUN.value:
+      text = dry_run.describe(config, WORKDIR.value)
+    else:
+      text = stages.table(stages.run(config, WORKDIR.value, KEY.value, _default()))
     if distributed.is_main():
-      print(stages.table(summaries), flush=True)
+      print(text, flush=True)
   except (Exception, KeyboardInterrupt) as error:
     distributed.leave(_report(error))
 

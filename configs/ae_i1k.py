@@ -15,23 +15,23 @@ ARGUMENTS = (
   common.ARGUMENTS
   | images.ARGUMENTS
   | dict(
-    batch_size=1024,
-    epochs=800.0,
+    batch_size=1024,  # images a step, over all devices
+    epochs=800.0,  # length of the run in passes over the training set
     steps=0,  # length of the run in steps; 0: epochs count
     lr=1.5e-4,  # for 256 images: the peak is lr * batch_size / 256
-    wd=0.05,
-    beta2=0.95,
+    wd=0.05,  # weight decay
+    beta2=0.95,  # of AdamW: decay of the second moment
     ema_decay=0.9999,  # at 256 images a step; 1 - ema_decay grows with the batch
-    use_labels=False,
-    label_drop_prob=0.1,
+    use_labels=False,  # condition on labels
+    label_drop_prob=0.1,  # share of the labels dropped, for classifier-free guidance
     finetune=False,  # start from the pre-training in the same workdir
     init_from="",  # start from another run's workdir instead
     init_weights="ema",  # ema or raw: which of its weights
     cfg_scale=1.5,  # classifier-free guidance of the samples; 1 is none
-    sampling_steps=125,
+    sampling_steps=125,  # of the sampler
     sample_fid=True,  # FID and its kin; False: a small classifier judges, no download
-    num_samples=10_000,  # every 25,000 steps
-    final_samples=50_000,  # once more after the last step, with all metrics; 0: no
+    num_samples=10_000,  # samples that are measured every 25,000 steps
+    final_samples=50_000,  # samples after the last step, measured with all metrics; 0: none
     save_ckpt=True,  # False: no checkpoint, so nothing to resume, fine-tune or evaluate
   )
 )

@@ -14,22 +14,22 @@ from configs import common, images
 ARGUMENTS = dict(
   images.ARGUMENTS,
   # What the checkpoint is expected to be; checked where given, `size` always.
-  variant="B/4",
-  adaln=True,  # and latent_diffusion
-  width=768,
+  variant="B/4",  # expected of the checkpoint: size and patch side
+  adaln=True,  # expected of the checkpoint: conditioned by AdaLN
+  width=768,  # expected of the checkpoint: features of a token
   run="",  # probe the run in this folder instead
-  weights="ema",  # ema or raw
+  weights="ema",  # ema or raw: which of the checkpoint's weights
   use_noised_pred=True,  # also probe features of images noised to t
-  t=50,
-  epochs=100.0,
+  t=50,  # timestep of the noised images
+  epochs=100.0,  # length of the run in passes over the training set
   steps=0,  # length of the run in steps; 0: epochs count
-  batch_size=4096,
-  lrs="0.01+0.03+0.1+0.3+1+3",  # for 256 images, joined by "+"
-  wd=5e-5,
-  warmup=0.05,  # share of the steps
+  batch_size=4096,  # images a step, over all devices
+  lrs="0.01+0.03+0.1+0.3+1+3",  # peaks for 256 images, joined by "+"; all train at once
+  wd=5e-5,  # weight decay
+  warmup=0.05,  # of the learning rate, as a share of the steps
   select_split="",  # where the learning rate is chosen; needed for data sets not in SPLITS
-  seed=0,
-  wandb_mode="disabled",
+  seed=0,  # of initialisation, order, crops and noise
+  wandb_mode="disabled",  # of Weights & Biases: online, offline or disabled
 )
 ARGUMENTS["area_min"] = 8
 EXPECTED = ("variant", "size", "adaln", "latent_diffusion", "width")

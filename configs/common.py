@@ -19,18 +19,18 @@ METHODS = {
 ARGUMENTS = dict(
   method="umd",  # umd, mae, dit or maskdit: sets the next three, see METHODS
   no_noise_prob=0.5,  # share of the batch that stays clean
-  mask_ratio=0.375,  # of the noised part
-  mask_ratio_no_noise=0.75,  # of the clean part
+  mask_ratio=0.375,  # share of the patches masked in the noised part
+  mask_ratio_no_noise=0.75,  # share of the patches masked in the clean part
   adaln=True,  # condition by AdaLN, or else by one more token
   variant="B/4",  # size and patch side, see SIZES in umd/models/autoencoder.py
-  path="cosine",  # cosine, linear or flow
-  timesteps=1000,
+  path="cosine",  # from image to noise: cosine, linear or flow
+  timesteps=1000,  # T of the path; t = 0 is clean, t = T is noise
   dtype="bfloat16",  # of the computation: bfloat16 or float32
   scan=False,  # loop over layers: compiles faster, runs slower
   remat=False,  # recompute activations: less memory, slower
   fsdp=False,  # split parameters, their average and the optimiser over the devices
-  seed=0,
-  wandb_mode="disabled",  # online, offline or disabled
+  seed=0,  # of initialisation, order, crops, noise and masks
+  wandb_mode="disabled",  # of Weights & Biases: online, offline or disabled
 )
 
 # A step is skipped if its numbers are not finite, or if its loss is `spike_sigma` deviations above

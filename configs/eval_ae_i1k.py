@@ -15,17 +15,17 @@ from configs import common, images
 
 ARGUMENTS = dict(
   # What the checkpoint is expected to be; checked where given, `size` always.
-  variant="B/4",
-  size=64,
-  adaln=True,
-  latent_diffusion=False,
+  variant="B/4",  # expected of the checkpoint: size and patch side
+  size=64,  # expected of the checkpoint: side of the images in pixels
+  adaln=True,  # expected of the checkpoint: conditioned by AdaLN
+  latent_diffusion=False,  # expected of the checkpoint: trained on latents
   finetune=False,  # evaluate the fine-tuned run
   run="",  # evaluate the run in this folder instead
-  weights="ema",  # ema or raw
+  weights="ema",  # ema or raw: which of the checkpoint's weights
   sample=True,  # draw and measure samples
-  samples=True,  # the same
-  num_samples=50_000,
-  sampling_timesteps=125,
+  samples=True,  # the same as sample: both must be true
+  num_samples=50_000,  # how many
+  sampling_timesteps=125,  # steps of the sampler
   cfg_scale=1.5,  # classifier-free guidance; unless given, none where the run has no labels
   sample_fid=True,  # FID and its kin; False: a small classifier judges, no download
   fid_reference="",  # npz of statistics to measure against; else those of the training set
@@ -37,16 +37,16 @@ ARGUMENTS = dict(
   probe=True,  # few-shot probes on the transfer sets
   datasets="all",  # which of PROBES, joined by "+"
   noised_pred=False,  # also probe the representation of images noised to t
-  t=50,
-  dataset="imagenet2012",  # for samples
-  data_dir="",
-  train_split="",
-  test_split="",
-  cache=False,
-  scan=False,
-  batch_size=1024,
-  seed=0,
-  wandb_mode="disabled",
+  t=50,  # timestep of noised_pred
+  dataset="imagenet2012",  # of the reference that samples are compared with
+  data_dir="",  # where TFDS data is; else $TFDS_DATA_DIR, else TFDS's own place
+  train_split="",  # of dataset; needed where it is not in SPLITS
+  test_split="",  # of dataset; needed where it is not in SPLITS
+  cache=False,  # keep the encoded images in this host's memory
+  scan=False,  # loop over layers: compiles faster, runs slower
+  batch_size=1024,  # images at a time, over all devices
+  seed=0,  # of samples, few-shot draws and noise
+  wandb_mode="disabled",  # of Weights & Biases: online, offline or disabled
 )
 EXPECTED = ("variant", "size", "adaln", "latent_diffusion")
 

@@ -10,7 +10,7 @@ from configs import images, two_stages
 
 ARGUMENTS = {
   **two_stages.ARGUMENTS,
-  "root": "",
+  "root": "",  # the folder of images; needed
   "train_split": "all[10%:]",
   "test_split": "all[:10%]",
   "variant": "micro/8",

@@ -15,17 +15,17 @@ ARGUMENTS = {
   **images.ARGUMENTS,
   "variant": "S/4",
   "dataset": "imagenet_resized/64x64",
-  "batch_size": 256,
-  "epochs": 100.0,
+  "batch_size": 256,  # images a step, over all devices
+  "epochs": 100.0,  # length of the run in passes over the training set
   "steps": 0,  # length of the run in steps; 0: epochs count
-  "lr": 1.5e-4,  # for 256 images
-  "wd": 0.0,
-  "beta2": 0.999,
-  "ema_decay": 0.9999,
-  "label_drop_prob": 0.1,
+  "lr": 1.5e-4,  # for 256 images: the peak is lr * batch_size / 256
+  "wd": 0.0,  # weight decay
+  "beta2": 0.999,  # of AdamW: decay of the second moment
+  "ema_decay": 0.9999,  # of the average of the weights, which is what is evaluated
+  "label_drop_prob": 0.1,  # share of the labels dropped, for classifier-free guidance
   "cfg_scale": 1.5,  # classifier-free guidance of the samples; 1 is none
-  "sampling_steps": 125,
-  "num_samples": 10_000,
+  "sampling_steps": 125,  # of the sampler
+  "num_samples": 10_000,  # samples that are measured every 25,000 steps
   "sample_fid": True,
 }
 

@@ -19,17 +19,17 @@ ARGUMENTS = dict(
   adaln=False,
   variant="micro/2",
   dtype="float32",
-  steps=2000,  # of pre-training
-  finetune_steps=500,
-  batch_size=128,
+  steps=2000,  # steps of pre-training
+  finetune_steps=500,  # steps of fine-tuning
+  batch_size=128,  # images a step, over all devices
   lr=2e-3,  # peak learning rate of pre-training
-  finetune_lr=1e-3,
+  finetune_lr=1e-3,  # peak learning rate of fine-tuning
   wd=0.05,  # weight decay of pre-training
-  ema_decay=0.998,
-  label_drop_prob=0.1,  # of fine-tuning, for classifier-free guidance
+  ema_decay=0.998,  # of the average of the weights, which is what is evaluated
+  label_drop_prob=0.1,  # share of the labels dropped in fine-tuning, for guidance
   cfg_scale=2.0,  # classifier-free guidance of the samples; 1 is none
-  sampling_steps=25,
-  num_samples=500,
+  sampling_steps=25,  # of the sampler
+  num_samples=500,  # samples in an evaluation
 )
 
 TRAIN, TEST = common.data("digits", "train", ""), common.data("digits", "test", "")

@@ -8,20 +8,20 @@ ARGUMENTS = {
   **common.ARGUMENTS,
   **images.ARGUMENTS,
   "dtype": "float32",
-  "steps": 3000,  # of pre-training
-  "finetune_steps": 1500,  # 0: no fine-tuning
-  "batch_size": 128,
+  "steps": 3000,  # steps of pre-training
+  "finetune_steps": 1500,  # steps of fine-tuning; 0: none
+  "batch_size": 128,  # images a step, over all devices
   "lr": 2e-3,  # peak learning rate of pre-training
-  "finetune_lr": 1e-3,
+  "finetune_lr": 1e-3,  # peak learning rate of fine-tuning
   "wd": 0.05,  # weight decay of pre-training
-  "ema_decay": 0.998,
+  "ema_decay": 0.998,  # of the average of the weights, which is what is evaluated
   "use_labels": True,  # False: nothing is probed or fine-tuned, and no labels are needed
-  "label_drop_prob": 0.1,  # of fine-tuning, for classifier-free guidance
+  "label_drop_prob": 0.1,  # share of the labels dropped in fine-tuning, for guidance
   "finetune_area_min": 95,  # smallest crop in fine-tuning, percent of the image
   "cfg_scale": 2.0,  # classifier-free guidance of the samples; 1 is none
-  "sampling_steps": 50,
-  "num_samples": 1000,
-  "shots": "10+100",  # of the few-shot probe, joined by "+"
+  "sampling_steps": 50,  # of the sampler
+  "num_samples": 1000,  # samples in an evaluation
+  "shots": "10+100",  # labelled images of a class that the few-shot probe has, joined by "+"
   "evaluations": 2,  # times that each stage is evaluated, the last step included
 }
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 import evaluators
 from trainers import logs, runs
-from umd import metrics, sharding
+from umd import metrics, progress, report, sharding
 from umd import workdir as folder
 from umd.checkpoint import load_params
 from umd.state import TrainState
@@ -40,15 +40,15 @@ def _build(config: ConfigDict, cache: str, init_from: str):
   context = evaluators.Context(
     run.inference, run.streams, mesh, size, config.seed, cache, codec=run.open_codec(mesh)
   )
-  return run, evaluators.from_config(_evals(config, run), context)
+  return run, evaluators.from_config(settings(config, run), context)
 
 
-def _evals(config: ConfigDict, run: runs.Run) -> dict:
+def settings(config: ConfigDict, run: runs.Run) -> dict:
   """Settings of the evaluators; guidance that nobody asked for is left out without labels."""
   evals = config.evals.to_dict()
-  for settings in evals.values():
-    if "sampling" in settings and config.guide_if_labelled and not run.model.num_classes:
-      settings["sampling"]["cfg_scale"] = 1.0
+  for one in evals.values():
+    if "sampling" in one and config.guide_if_labelled and not run.model.num_classes:
+      one["sampling"]["cfg_scale"] = 1.0
   return evals
 
 
@@ -90,7 +90,8 @@ def run(
   with contextlib.closing(writer):
     for s in scheduled:
       began = time.perf_counter()
-      values = {f"{s.name}/{k}": v for k, v in s.evaluator(state)}
+      with progress.during(s.name, say, ends=False):
+        values = {f"{s.name}/{k}": v for k, v in s.evaluator(state)}
       writer.write(step, values)
       say(f"{s.name} ({time.perf_counter() - began:.0f} s)")
       for k, v in values.items():
@@ -100,8 +101,9 @@ def run(
   if is_main:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     record = dict(time=now, run=trained.folder, weights=config.init_weights, **summary)
-    record["evals"] = _evals(config, trained)
+    record["evals"] = settings(config, trained)
     path = os.path.join(workdir, "evaluations.jsonl")
     earlier = folder.read_bytes(path) or b""
     folder.write_bytes(path, earlier + json.dumps(record).encode() + b"\n")
+  report.Reporter(workdir).finish(report.FINISHED)
   return summary

@@ -119,6 +119,14 @@ def timestep_names(config: ConfigDict) -> dict[str, int]:
   return {f"t{t}": t for t in config.timesteps}
 
 
+def init_heads(config: ConfigDict, width: int, classes: int) -> Callable:
+  """`init(key) -> states`: the heads of every learning rate, a state per timestep."""
+  return lambda key: {
+    t: probe.init_probe(key, len(config.lrs), width, classes, config.wd)
+    for t in timestep_names(config)
+  }
+
+
 def make_judge(context: evaluators.Context, config: ConfigDict) -> Callable:
   """Builds `judge(weights, states, source) -> {timestep: {statistic: [accuracy of each head]}}`."""
 
@@ -168,10 +176,7 @@ def run(
   params, run_step = load_params(trained.folder, config.init_weights)
   params = sharding.replicate(params, mesh)
   width, classes = trained.model.shape.width, train.num_classes
-  init = lambda key: {
-    t: probe.init_probe(key, len(config.lrs), width, classes, config.wd)
-    for t in timestep_names(config)
-  }
+  init = init_heads(config, width, classes)
   everywhere = sharding.replicated(mesh)
   states = jax.jit(init, out_shardings=everywhere)(jax.random.key(config.seed))
   states = loop.restore(states)

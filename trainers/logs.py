@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from umd import metrics
-from umd.progress import format_seconds
+from umd.progress import format_seconds, say
 
 
 def make_writer(config: ConfigDict, workdir: str, step: int, wandb_key: str | None):
@@ -28,8 +28,7 @@ def make_writer(config: ConfigDict, workdir: str, step: int, wandb_key: str | No
 
 def printer(name: str):
   """`say(text)`: prints a line of the stage `name`, on process 0 only."""
-  is_main = jax.process_index() == 0
-  return lambda text: print(f"[{name}] {text}", flush=True) if is_main else None
+  return lambda text: say(f"[{name}] {text}")
 
 
 def headline(patterns: Sequence[str], names: Collection[str]) -> list[str]:

@@ -2,11 +2,14 @@
 
 import importlib
 import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 
 from trainers import logs, runs, validate
-from umd import lock, preemption
+from umd import lock, preemption, progress, report
 from umd import workdir as folder
 
 
@@ -21,44 +24,93 @@ def stages(config: ConfigDict, workdir: str) -> list[tuple[str, ConfigDict, str]
   return [(name, config[name], os.path.join(workdir, name)) for name in config.stages]
 
 
-def run(config: ConfigDict, workdir: str, wandb_key: str | None = None) -> list[dict]:
+def run(
+  config: ConfigDict,
+  workdir: str,
+  wandb_key: str | None = None,
+  default: ConfigDict | None = None,
+) -> list[dict]:
   """Runs every stage that is not finished; returns the summaries of all.
 
   All of them are built once before the first trains, so that a mistake in the last does not wait
   for its turn, and no finished one is passed over that was another run. `init_from` of a stage may
   be "stage:NAME", a stage in the same workdir, or any run's folder. A key for Weights & Biases
-  switches it on. Until the end no other run of these stages may start in the workdir.
+  switches it on. `default`, the config as its file has it, is kept for the reports to compare with.
+  Until the end no other run of these stages may start in the workdir.
   """
   for remark in validate.validate(config, workdir):
     logs.printer("config")(remark)
   plan = stages(config, workdir)
   folder.check_writable(workdir)
   with lock.hold(workdir, [name for name, _, _ in plan]):
-    return _run(plan, workdir, wandb_key)
+    return _run(plan, workdir, wandb_key, default or ConfigDict())
 
 
-def _run(plan, workdir: str, wandb_key: str | None) -> list[dict]:
-  cache = cache_folder(workdir)
-  summaries = {name: folder.finished(stage_dir) for name, _, stage_dir in plan}
-  started_from = {name: runs.locate(stage.init_from, workdir) for name, stage, _ in plan}
-  to_come = set()
+class Built(NamedTuple):
+  """A stage that is ready to run.
+
+  Attributes:
+    name, config, folder: as in `stages`.
+    init_from: folder of the run that it starts from; "" for none.
+    summary: what it left if it is finished, else None.
+    parts: what its trainer's `prepare` made of it.
+  """
+
+  name: str
+  config: ConfigDict
+  folder: str
+  init_from: str
+  summary: Mapping | None
+  parts: Any
+
+
+def build(plan: list[tuple[str, ConfigDict, str]], workdir: str) -> list[Built]:
+  """Builds every stage once, in the order in which they run; writes nothing.
+
+  Raises:
+    ValueError, FileNotFoundError: see the `prepare` of the trainers.
+  """
+  cache, ready, to_come = cache_folder(workdir), [], set()
   for name, stage, stage_dir in plan:
+    summary, init_from = folder.finished(stage_dir), runs.locate(stage.init_from, workdir)
+    # What an earlier stage is yet to make cannot be looked at; nor need what is done be there.
+    known = "" if summary or init_from in to_come else init_from
+    with progress.during("opening data, building model and evaluators", logs.printer(name)):
+      parts = trainer(stage).prepare(stage, stage_dir, cache, known)
+    ready.append(Built(name, stage, stage_dir, init_from, summary, parts))
+    to_come |= set() if summary else {stage_dir}
+  return ready
+
+
+def _note(ready: list[Built], workdir: str, default: ConfigDict) -> None:
+  """Leaves to the reports which stages there are, and the config as its file has it."""
+  several = [stage for stage in ready if stage.folder != workdir]
+  if several:
+    report.add_stages(workdir, [stage.name for stage in several])
+  for stage in ready:
+    own = default.get(stage.name) if several else default
+    if own and not stage.summary:
+      folder.write_json(os.path.join(stage.folder, report.DEFAULTS), own.to_dict())
+
+
+def _run(plan, workdir: str, wandb_key: str | None, default: ConfigDict) -> list[dict]:
+  for _, stage, _ in plan:
     if wandb_key and stage.wandb.mode == "disabled":
       stage.wandb.mode = "online"
-    # What an earlier stage is yet to make cannot be looked at; nor need what is done be there.
-    known = started_from[name] if not summaries[name] else ""
-    trainer(stage).prepare(stage, stage_dir, cache, "" if known in to_come else known)
-    to_come |= set() if summaries[name] else {stage_dir}
-  for name, stage, stage_dir in plan:
-    if summaries[name]:
-      logs.printer(name)(f"is finished (step {summaries[name]['step']}), see {stage_dir}")
-      continue
-    if preemption.requested():  # Since the stage before has ended.
+  cache, summaries = cache_folder(workdir), []
+  ready = build(plan, workdir)
+  if jax.process_index() == 0:
+    _note(ready, workdir, default)
+  for name, stage, stage_dir, init_from, summary, _ in ready:
+    if summary:
+      logs.printer(name)(f"is finished (step {summary['step']}), see {stage_dir}")
+    elif preemption.requested():  # Since the stage before has ended.
       raise preemption.preempted()
-    summaries[name] = trainer(stage).run(
-      stage, stage_dir, name, cache=cache, init_from=started_from[name], wandb_key=wandb_key
-    )
-  return list(summaries.values())
+    else:
+      settings = dict(cache=cache, init_from=init_from, wandb_key=wandb_key)
+      summary = trainer(stage).run(stage, stage_dir, name, **settings)
+    summaries.append(summary)
+  return summaries
 
 
 def cache_folder(workdir: str) -> str:
