@@ -97,7 +97,7 @@ def test_weights_are_the_average_or_the_raw_ones_as_asked(trained, tmp_path):
     assert value != average[name.replace("raw", "ema")]
     # What evaluators take for the average is what was chosen.
     assert found["metrics"][name] == found["metrics"][name.replace("raw", "ema")] == value
-  assert set(os.listdir(tmp_path)) <= {"eval", "cache"}
+  assert set(os.listdir(tmp_path)) <= {"eval", "cache", "report.html", "stages.json"}
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,12 @@ def command(workdir: str) -> list[str]:
   return [sys.executable, "-m", "train", "--config", config, *flags]
 
 
+def reported(workdir) -> list[dict]:
+  """What the report in a folder says of its runs."""
+  text = (workdir / "report.html").read_text(encoding="utf-8")
+  return json.loads(text.split('id="report-data">')[1].split("</script>")[0])["runs"]
+
+
 def last_step(path: str) -> int:
   records = read_jsonl(path)
   return records[-1]["step"] if records else 0
@@ -72,12 +78,19 @@ def test_stages_run_in_order_and_a_finished_one_is_not_run_again(tmp_path, capsy
   arguments = (
     "variant=nano/2,steps=3,finetune_steps=2,batch_size=32,num_samples=20,sampling_steps=2"
   )
-  first = stages.run(quick_judge(quickstart.get_config(arguments)), str(tmp_path))
+  config = quick_judge(quickstart.get_config(arguments))
+  first = stages.run(config, str(tmp_path), default=quickstart.get_config())
   assert [s["step"] for s in first] == [3, 2]
   for stage in ("pretrain", "finetune"):
     files = ("config.json", "environment.json", "metrics.jsonl", "summary.json", "model.json")
     for name in (*files, "checkpoints"):
       assert (tmp_path / stage / name).exists()
+  for summary, stage in zip(first, ("pretrain", "finetune"), strict=True):
+    (told,) = reported(tmp_path / stage)
+    assert (told["state"], told["step"]) == ("finished", summary["step"])
+    assert told["latest"].keys() == summary["metrics"].keys()
+    assert told["changed"]["steps"] == [{3: 2000, 2: 500}[summary["step"]], summary["step"]]
+  assert [run["state"] for run in reported(tmp_path)] == ["finished", "finished"]
   printed = capsys.readouterr().out
   assert "started from" in printed and "is finished" not in printed
   again = stages.run(quick_judge(quickstart.get_config(arguments)), str(tmp_path))
@@ -152,6 +165,7 @@ def test_values_that_stay_not_finite_stop_the_run_and_are_found(tmp_path, monkey
   with pytest.raises(FloatingPointError, match=r"Step 10: .*5 steps in a row.*\n?.*image"):
     train(config, tmp_path)
   assert {"nonfinite_step_10.npz", "nonfinite_step_10.txt"} <= set(os.listdir(tmp_path))
+  assert [(run["state"], run["step"]) for run in reported(tmp_path)] == [("failed", 8)]
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ def test_fine_tuning_writes_into_its_own_folder_and_leaves_the_source_alone(earl
   stages.run(config, str(tmp_path))
   assert contents(path) == before
   assert (tmp_path / "finetune/checkpoints/1").is_dir()
-  assert set(os.listdir(tmp_path)) <= {"finetune", "cache"}
+  assert set(os.listdir(tmp_path)) <= {"finetune", "cache", "report.html", "stages.json"}
 
 
 @pytest.mark.parametrize("reference", ["absent", "stage:pretrain", "empty"])

@@ -14,12 +14,13 @@ from ml_collections import ConfigDict
 
 from evaluators import Scheduled
 from trainers import interruption, logs
-from umd import data, metrics, preemption, sharding
+from umd import data, metrics, preemption, progress, report, sharding
 from umd import workdir as folder
 from umd.checkpoint import Checkpoints
 from umd.goodput import Goodput
 
 BAD_DATA = "bad_data.txt"
+REPORT_SECONDS = 60.0  # between two reports that no evaluation asks for
 
 
 class Loop:
@@ -48,8 +49,8 @@ class Loop:
     found = self._checkpoints.restore_newest(state)
     if found is None:
       return state
-    for report in found.reports:
-      self._say(f"WARNING: {report}")
+    for line in found.reports:
+      self._say(f"WARNING: {line}")
     self.step, self._interrupted = found.step, found.data.get("interrupted", {})
     self._say(f"resumed at step {self.step}")
     return found.state
@@ -92,15 +93,19 @@ class Loop:
     batch_size = self._config.batch_size
     self._progress = metrics.Progress(steps, self.step, batch_size)
     interruption.restore(self._interrupted, pending)
-    with preemption.protect(), self._checkpoints, contextlib.closing(self._writer):
+    self._report, writer = report.Reporter(self._workdir, steps), contextlib.closing(self._writer)
+    with self._report, preemption.protect(), self._checkpoints, writer:
       left = interruption.unevaluated(self._interrupted, self._workdir, self.step)
       left = self._evaluate(state, left)[0]
       batches = train_batches(source, batch_size, self._config.seed, self.step)
+      batches = progress.first_during("reading the first batch", batches, self._say)
+      compiling = progress.during("compiling the training step", self._say)
       for batch in self._goodput.waiting(sharding.prefetch(batches, mesh)):
         if self.step == steps:
           break
-        with self._goodput.step():
+        with self._goodput.step(), compiling:
           state, values = step_fn(state, batch)
+        compiling = contextlib.nullcontext()
         self.step += 1
         pending.add(self.step, values)
         left, stopping = self._after_step(state)
@@ -128,6 +133,8 @@ class Loop:
         position["interrupted"] = interruption.describe(self._pending, left)
       with self._goodput.save(step):
         self._checkpoints.save(state, step, position, values)
+    if (due or saving) and not last:
+      self._report.update(0.0 if due else REPORT_SECONDS)
     if due:
       self._progress.resume(step)
     return left, stopping
@@ -136,9 +143,9 @@ class Loop:
     """Runs these evaluators; (those left because the run is to end, the numbers of the others)."""
     numbers = {}
     for i, name in enumerate(names):
-      began = time.perf_counter()
+      began, label = time.perf_counter(), f"step {self.step}  {name}"
       try:
-        with self._goodput.timer("evaluation"):
+        with self._goodput.timer("evaluation"), progress.during(label, self._say, ends=False):
           preemption.check()
           values = {f"{name}/{k}": v for k, v in self._scheduled[name].evaluator(state)}
       except preemption.EvaluationStopped:
@@ -147,7 +154,7 @@ class Loop:
       numbers |= metrics.numbers(values)
       seconds = time.perf_counter() - began
       shown = logs.shown(self._config.summary, values, f"{name}/")
-      self._say(f"step {self.step}  {name} ({seconds:.0f} s)  {shown}")
+      self._say(f"{label} ({seconds:.0f} s)  {shown}")
     return [], numbers
 
   def _report_bad_data(self) -> None:
@@ -172,6 +179,7 @@ class Loop:
     )
     if jax.process_index() == 0:
       folder.finish(self._workdir, summary)
+    self._report.finish(report.FINISHED)
     return summary
 
 

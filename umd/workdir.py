@@ -47,6 +47,18 @@ def exists(path: str) -> bool:
   return tf.io.gfile.exists(path) or tf.io.gfile.isdir(path)
 
 
+def names(path: str) -> list[str]:
+  """Names of the files and folders in a folder, in order; none if it is not there."""
+  if not scheme(path):
+    return sorted(os.listdir(path)) if os.path.isdir(path) else []
+  tf = tensorflow()
+  try:
+    found = tf.io.gfile.listdir(path)
+  except tf.errors.NotFoundError:
+    return []
+  return sorted(name.rstrip("/") for name in found)  # Object stores end those of folders so.
+
+
 def read_bytes(path: str) -> bytes | None:
   """The contents of a file, None if there is none."""
   if not scheme(path):
