@@ -193,6 +193,80 @@ def test_clipped_x0_is_bounded_and_still_explains_x_t(name, bound):
     np.testing.assert_allclose(path.combine("x_t", x0, eps, t), x_t, rtol=1e-4, atol=1e-5)
 
 
+@every_path
+@pytest.mark.parametrize("sampler", samplers.SAMPLERS)
+def test_a_trajectory_is_the_way_that_the_sampler_takes(name, sampler):
+  path, x, keys, steps = make_path(name, T), normal(8), keys_for(8), 6
+  step, ts = samplers.STEPS[sampler](gaussian(path), path), samplers.step_schedule(steps, T)
+  found = jax.jit(lambda x, keys: samplers.trace(step, path, x, keys, steps))(x, keys)
+  assert (found.x0.shape, found.x_t.shape) == ((steps, *x.shape), (steps + 1, *x.shape))
+  np.testing.assert_array_equal(found.x_t[0], x)
+  samples = run(samplers.SAMPLERS[sampler], path, x, steps)
+  np.testing.assert_allclose(found.x_t[-1], samples, rtol=1e-5, atol=1e-5)
+  seen = jax.vmap(lambda x_t, t: gaussian(path)(x_t, t)[0])(found.x_t[:-1], jnp.asarray(ts[:-1]))
+  np.testing.assert_allclose(found.x0, seen, rtol=1e-4, atol=1e-5)
+
+
+KNOWN, RHO = 0.9, 0.9  # Of pairs of pixels: the value of one, and their correlation.
+
+
+def correlated(path):
+  """The exact denoiser of pairs of pixels, each N(MU, SD^2)."""
+  cov = SD**2 * np.array([[1, RHO], [RHO, 1]])
+
+  def denoise(x_t, t):
+    alpha, sigma = path.coefs("x_t", t)
+    gain = alpha * cov @ jnp.linalg.inv(alpha**2 * cov + sigma**2 * jnp.eye(2))
+    x0 = MU + ((x_t - alpha * MU).reshape(-1, 2) @ gain.T).reshape(x_t.shape)
+    return x0, (x_t - alpha * x0) / sigma
+
+  return denoise
+
+
+@functools.cache
+def painter(name, sampler, resampling):
+  """Compiles: (x_T, keys) -> pairs of which the first is known."""
+  path = make_path(name, T)
+  step = samplers.STEPS[sampler](correlated(path), path)
+
+  def fill(x, keys):
+    known = jnp.broadcast_to(jnp.array([KNOWN, jnp.nan])[None, None, :, None], x.shape)
+    mask = jnp.isnan(known).astype(jnp.float32)
+    return samplers.inpaint(step, path, x, keys, 40, known, mask, resampling)
+
+  return jax.jit(fill)
+
+
+def inpaint(name, sampler, resampling, count=2048, keys=None):
+  """Pairs [count, 2] of which the first is known."""
+  x = jax.random.normal(jax.random.key(0), (count, 1, 2, 1))
+  fill = painter(name, sampler, resampling)
+  return np.asarray(fill(x, keys_for(count) if keys is None else keys)).reshape(-1, 2)
+
+
+@pytest.mark.parametrize("name, sampler", [("cosine", "ddpm"), ("flow", "ddim")])
+def test_inpainting_draws_from_the_conditional_the_closer_the_more_it_resamples(name, sampler):
+  mean, sd = MU + RHO * (KNOWN - MU), SD * np.sqrt(1 - RHO**2)
+  once, often = inpaint(name, sampler, 1), inpaint(name, sampler, 10)
+  for pairs in (once, often):
+    np.testing.assert_array_equal(pairs[:, 0], np.float32(KNOWN))
+  far, near = (abs(pairs[:, 1].mean() - mean) for pairs in (once, often))
+  assert near < 0.05 < 0.15 < far < mean - MU  # Even without, the known half is not ignored.
+  assert often[:, 1].std() == pytest.approx(sd, abs=0.06)
+
+
+def test_what_is_filled_in_depends_on_its_own_key_alone():
+  keys = keys_for(4)
+  changed = inpaint("flow", "ddim", 2, 4, keys.at[1].set(jax.random.key(9)))
+  differs = np.abs(changed - inpaint("flow", "ddim", 2, 4, keys))[:, 1] > 1e-6
+  np.testing.assert_array_equal(differs, [False, True, False, False])
+
+
+def test_a_step_is_taken_at_least_once():
+  with pytest.raises(ValueError, match=r"resampling=0 must be at least 1"):
+    inpaint("flow", "ddim", 0, 4)
+
+
 @pytest.fixture(scope="module")
 def labelled(nano):
   model, params = nano(num_classes=10, heads=("x0", "eps", "v"))
@@ -226,6 +300,26 @@ def test_guidance_is_uncond_plus_scale_times_cond_minus_uncond(labelled, head, c
   for kind, want in {"x_t": X_T, head: guided}.items():
     a, b = inference.path.table[kind][t]
     np.testing.assert_allclose(a * x0 + b * eps, want, rtol=1e-3, atol=1e-3)
+
+
+def test_guidance_is_for_its_interval_alone(labelled):
+  inference, params = labelled
+  denoise = jax.jit(inference.denoiser(params, LABELS, "eps", 2.5, 0, (0.3, 0.6)))
+  for t in (2, 3, 6, 7):  # Of 10.
+    cond, uncond = (
+      unpatchify(forward(inference.model, params, jnp.full(2, t), labels)["eps"], 4, (16, 16))
+      for labels in (LABELS, jnp.full(2, 10))
+    )
+    assert np.abs(cond - uncond).mean() > 1e-2
+    eps = uncond + 2.5 * (cond - uncond) if 3 <= t <= 6 else cond
+    np.testing.assert_allclose(denoise(X_T, jnp.int32(t))[1], eps, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("interval", [(0.5, 0.5), (0.8, 0.2), (-0.1, 1.0), (0.0, 1.1)])
+def test_an_interval_that_is_none_is_refused(labelled, interval):
+  inference, params = labelled
+  with pytest.raises(ValueError, match=r"guidance_interval=\(.*0 <= low < high <= 1"):
+    inference.denoiser(params, LABELS, "eps", 2.0, 0, interval)
 
 
 def test_scale_1_works_without_labels(labelled):

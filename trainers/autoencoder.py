@@ -151,7 +151,8 @@ def run(
   say(methods.describe(state.params, parts.streams, config.batch_size))
   if jax.process_index() == 0:
     path = os.path.join(workdir, runs.ABOUT)
-    folder.write_json(path, runs.describe_model(parts.model, parts.codec))
+    about = runs.describe_model(parts.model, parts.codec, parts.source.class_names)
+    folder.write_json(path, about)
 
   newest = {}  # The state after the last step, for whoever must look into it.
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from jax.sharding import Mesh
 
@@ -64,11 +64,20 @@ class Run:
 ABOUT = "model.json"
 
 
-def describe_model(model: AutoEncoder, opened: codec.Codec) -> dict:
-  """What `open_run` needs beside the config: it follows from the data and the VAE."""
+def describe_model(
+  model: AutoEncoder, opened: codec.Codec, class_names: Sequence[str] = ()
+) -> dict:
+  """What `open_run` needs beside the config: it follows from the data and the VAE.
+
+  Args:
+    model: the auto-encoder.
+    opened: what it sees images through.
+    class_names: of the data's labels; kept if the model is given labels.
+  """
   return {
     "image_size": list(model.image_size),
     "num_classes": model.num_classes,
+    "class_names": list(class_names) if model.num_classes else [],
     "pixels_per_place": opened.factor,
     "vae_sha256": opened.sha256,
   }

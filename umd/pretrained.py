@@ -1,0 +1,298 @@
+"""A trained model as a user meets it: pixels in, pixels out.
+
+from umd import load
+model = load("runs/quickstart")
+images = model.sample(labels="all")
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from umd import codec, description, inputs, saved_weights, tensors
+from umd.inference import FEATURES
+from umd.inputs import Labels
+from umd.programs import Programs, Weights
+from umd.samplers import Trajectory
+from umd.sharding import make_mesh, replicate
+
+BATCH, RESAMPLING = 64, 10  # The latter as in the paper.
+WITHOUT = 16  # Samples of a model without labels, if nobody says how many.
+
+
+class Pretrained:
+  """A model on all devices of this process.
+
+  Images are given as uint8 or as floats in [-1, 1], [n, H, W, C], and come back as uint8: rounded
+  to the nearest level, or as another key of `umd.quantize.QUANTIZERS` says; `quantize="none"` gives
+  float32 in [-1, 1]. Everything random is a function of a seed and of an image's place in the call,
+  so a batch size changes speed and memory, and results by no more than rounding. A function is
+  compiled at the first call with new settings or sizes.
+
+  Attributes:
+    image_size: (H, W, C) of images.
+    num_classes: number of labels, 0 for a model without.
+    class_names: of the labels; () if the data did not say.
+    sampling: settings of `sample` unless others are given.
+    folder, weights, step: where the weights are from, "ema" or "raw", and after how many steps.
+  """
+
+  def __init__(
+    self, place: description.Place, params: dict, weights: str, step: int, mesh: Mesh, dtype: str
+  ):
+    """See `load`."""
+    self.folder, self.weights, self.step = place.folder, weights, step
+    self.description = about = place.description
+    inference = about.inference(**({"dtype": dtype} if dtype else {}))
+    opened = codec.make(about.latents, mesh)
+    if opened.sha256 != about.vae_sha256:
+      raise ValueError(
+        f"{place.folder!r}: the VAE {about.latents.get('vae')!r} is another one than in training "
+        f"(SHA-256 {opened.sha256[:12]}, then {about.vae_sha256[:12]}). Bring back the one that it "
+        "was trained with."
+      )
+    self.image_size = tuple(opened.pixel_size(inference.model.image_size))
+    self.num_classes, self.class_names = inference.model.num_classes, about.class_names
+    self.sampling = dict(about.sampling)
+    self._model, self._timesteps = inference.model, inference.path.timesteps
+    self._programs = Programs(inference, opened, mesh)
+    self._weights = Weights(replicate(params, mesh), opened.params)
+
+  def __repr__(self) -> str:
+    size = " x ".join(map(str, self.image_size))
+    what = f"{self._model.variant}, {size} px, {self.num_classes} classes"
+    return f"<{what}; {self.folder}, step {self.step}, {self.weights} weights>"
+
+  @functools.cached_property
+  def sha256(self) -> str:
+    """Of the model's parameters, in hexadecimal digits."""
+    return tensors.fingerprint(self._weights.model)
+
+  def label_ids(self, labels: Labels) -> np.ndarray | None:
+    """int32 [L] of labels by number or name, one or several, or "all"; None for None."""
+    return inputs.label_ids(labels, self.class_names, self.num_classes)
+
+  def represent(
+    self, images, features: str = "class", t: int = 0, seed: int = 0, batch_size: int = BATCH
+  ) -> np.ndarray:
+    """Representations, float32 [n, D], of images noised to timestep t (0: clean).
+
+    Args:
+      images: see the class.
+      features: "class", "mean" or "patches", see `umd.inference.Inference.represent`.
+      t: 0..T.
+      seed: of the noise, and of the latents if the model sees those.
+      batch_size: images at a time, over all devices.
+    """
+    images = inputs.as_images(images, self.image_size)
+    if features not in FEATURES:
+      raise ValueError(f"features={features!r} is not one of {FEATURES}.")
+    if not 0 <= t <= self._timesteps:
+      raise ValueError(f"t={t} must be in [0, timesteps={self._timesteps}].")
+    program = self._programs.compiled("represent", features=features, t=t)
+    return self._all(program, seed, {"image": images}, batch_size)
+
+  def reconstruct(
+    self,
+    images,
+    mask_ratio: float = 0.75,
+    mask=None,
+    seed: int = 0,
+    batch_size: int = BATCH,
+    quantize: str = "round",
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Fills in masked patches in one pass of the network, as a masked auto-encoder does.
+
+    Args:
+      images: see the class.
+      mask_ratio: share of patches that the encoder does not see, chosen at random.
+      mask: pixels that it is not to see instead, [H, W] or [n, H, W], True or 1 where they are to
+        be filled in; whole patches are, if any of their pixels is.
+      seed: of the random masks.
+      batch_size, quantize: see the class.
+
+    Returns (images, masks): filled in, [n, H, W, C], and where, bool [n, H, W].
+    """
+    self._check("reconstruct")
+    images, model = inputs.as_images(images, self.image_size), self._model
+    if mask is None:
+      if model.keep(mask_ratio) == model.tokens:
+        raise ValueError(f"mask_ratio={mask_ratio} masks none of {model.tokens} patches.")
+      program = self._programs.compiled("reconstruct", mask_ratio=mask_ratio, how=quantize)
+      return self._all(program, seed, {"image": images}, batch_size)
+    mask = inputs.as_mask(mask, self.image_size, len(images))
+    hidden = inputs.tiles(mask, model.grid).reshape(len(images), -1)
+    # How many patches the encoder sees is part of its shapes: images of a kind go together.
+    kept, out = model.tokens - hidden.sum(axis=1), None
+    if not kept.all():
+      raise ValueError("the mask hides every patch of an image: the model has nothing to go by.")
+    for keep in np.unique(kept):
+      (rows,) = np.nonzero(kept == keep)
+      program = self._programs.compiled("reconstruct", keep=int(keep), how=quantize)
+      given = {"image": images[rows], "hidden": hidden[rows].astype(np.float32)}
+      given["index"] = rows.astype(np.int32)
+      found = self._all(program, seed, given, batch_size)
+      out = out or tuple(np.zeros((len(images), *x.shape[1:]), x.dtype) for x in found)
+      for whole, part in zip(out, found, strict=True):
+        whole[rows] = part
+    return out
+
+  def sample(
+    self,
+    labels: Labels = None,
+    num: int | None = None,
+    *,
+    seed: int = 0,
+    batch_size: int = BATCH,
+    quantize: str = "round",
+    **settings,
+  ) -> np.ndarray:
+    """Images [num, H, W, C] from noise. Sample i is a function of (seed, i), its label, the weights
+    and the settings.
+
+    Args:
+      labels: classes by number or name, in turn: sample i gets labels[i mod L]. "all": every class.
+        None: samples without labels, and without guidance.
+      num: how many; by default one for each label, or 16 without.
+      seed, batch_size, quantize: see the class.
+      **settings: sampler, steps, head, cfg_scale, cfg_channels, guidance_interval, clip_x0 and
+        options of the sampler (ddim: eta), see `umd.inference.Inference.sample`. Those left out, or
+        None, are as in `sampling`.
+    """
+    rows, settings = self._to_sample(labels, num, settings)
+    program = self._programs.compiled("sample", how=quantize, **settings)
+    return self._all(program, seed, rows, batch_size)
+
+  def draw(
+    self,
+    index: Sequence[int],
+    labels: Labels,
+    *,
+    seed: int = 0,
+    batch_size: int = BATCH,
+    quantize: str = "round",
+    **settings,
+  ) -> Iterator[tuple[slice, np.ndarray]]:
+    """Samples at places `index` of a long `sample`, batch by batch: (rows of index, images)."""
+    rows, settings = self._to_sample(labels, None, settings, np.asarray(index, np.int32))
+    program = self._programs.compiled("sample", how=quantize, **settings)
+    return self._programs.each(program, self._weights, seed, rows, batch_size)
+
+  def check_sampling(self, labels: Labels = None, **settings) -> dict:
+    """All settings that `sample` would use; ValueError if it would refuse. Compiles nothing."""
+    rows, settings = self._to_sample(labels, self._programs.mesh.size, settings)
+    program = self._programs.compiled("sample", how="round", **settings)
+    program.eval_shape(self._weights, jax.random.key(0), rows)
+    return settings
+
+  def trajectory(
+    self,
+    labels: Labels = None,
+    num: int | None = None,
+    *,
+    seed: int = 0,
+    quantize: str = "round",
+    **settings,
+  ) -> Trajectory:
+    """What `sample` passes on its way, for animations: (x0 [S, n, H, W, C], x_t [S + 1, ...]).
+
+    See `umd.samplers.Trajectory`. All n are drawn at once. Arguments as in `sample`.
+    """
+    rows, settings = self._to_sample(labels, num, settings)
+    program = self._programs.compiled("trace", how=quantize, **settings)
+    found = self._all(program, seed, rows, len(rows["index"]))
+    return Trajectory(*(np.moveaxis(x, 1, 0) for x in found))
+
+  def inpaint(
+    self,
+    images,
+    mask,
+    labels: Labels = None,
+    num: int | None = None,
+    *,
+    resampling: int = RESAMPLING,
+    seed: int = 0,
+    batch_size: int = BATCH,
+    quantize: str = "round",
+    **settings,
+  ) -> np.ndarray:
+    """Images with a part of them drawn anew by diffusion (RePaint: Lugmayr et al. 2022).
+
+    Args:
+      images: see the class. One image may be filled in `num` times.
+      mask: [H, W] or [n, H, W]; True or 1 where it is to be filled in. All other pixels come back
+        as they are. A place of a latent is drawn anew if any of its pixels is.
+      labels: one for all, or one for each image; None for none.
+      num: how many; by default one for each image.
+      resampling: how often each step is taken; more agree better with what is known, and cost as
+        many times as much.
+      seed, batch_size, quantize, **settings: as in `sample`.
+    """
+    images = inputs.as_images(images, self.image_size)
+    num = len(images) if num is None else num
+    if len(images) not in (1, num):
+      raise ValueError(f"num={num}, but {len(images)} images: give one image, or leave num out.")
+    ids = self.label_ids(labels)
+    if ids is not None and len(ids) not in (1, num):
+      raise ValueError(f"{len(ids)} labels for {num} images: give one for all, or one for each.")
+    rows, settings = self._to_sample(labels, num, settings)
+    rows["mask"] = inputs.as_mask(mask, self.image_size, num)
+    places = inputs.tiles(rows["mask"], self._model.image_size[:2])
+    rows["places"] = places[..., None].astype(np.float32)
+    rows["image"] = np.broadcast_to(images, (num, *self.image_size))
+    program = self._programs.compiled("inpaint", how=quantize, resampling=resampling, **settings)
+    return self._all(program, seed, rows, batch_size)
+
+  def _check(self, task: str) -> None:
+    if reason := self.description.lacks(task):
+      raise ValueError(f"{self.folder!r}: {reason}.")
+
+  def _to_sample(self, labels, num, settings, index=None) -> tuple[dict, dict]:
+    """(rows {index, label} of samples, all settings)."""
+    self._check("sample")
+    ids = self.label_ids(labels)
+    if index is None:
+      num = (WITHOUT if ids is None else len(ids)) if num is None else num
+      if num < 1:
+        raise ValueError(f"num={num} must be at least 1.")
+      index = np.arange(num, dtype=np.int32)
+    rows = {"index": index} | ({} if ids is None else {"label": ids[index % len(ids)]})
+    return rows, self.description.settings(settings, guided=ids is not None)
+
+  def _all(self, program: Callable, seed: int, rows: dict, batch_size: int):
+    """What the program makes of all rows."""
+    each = self._programs.each(program, self._weights, seed, rows, batch_size)
+    return jax.tree.map(lambda *x: np.concatenate(x), *[out for _, out in each])
+
+
+def load(
+  path: str,
+  *,
+  weights: str = "",
+  step: int | str = saved_weights.NEWEST,
+  dtype: str = "",
+  devices: Sequence[jax.Device] | None = None,
+) -> Pretrained:
+  """Opens a trained model; nothing but its own files is needed, no config and no data.
+
+  Args:
+    path: a run's workdir; one with stages, of which the last that has a checkpoint is taken; or a
+      folder that tools.export wrote.
+    weights: "ema" or "raw"; "" for the average, or for what an exported folder holds.
+    step: of a run's checkpoints: a number, "newest", or "best" by its checkpoint.best.
+    dtype: of the computation, "float32" or "bfloat16"; "" for the one it was trained in.
+    devices: of this process; by default all.
+
+  Raises:
+    FileNotFoundError: there is no trained model, or not that checkpoint, or its VAE is not there.
+    ValueError: what is there is damaged; or see above.
+  """
+  if dtype not in ("", "float32", "bfloat16"):
+    raise ValueError(f"dtype={dtype!r} must be 'float32', 'bfloat16', or '' for the trained one.")
+  place = description.find(path)
+  params, weights, step = saved_weights.read(place, weights, step)
+  mesh = make_mesh(jax.local_devices() if devices is None else devices)
+  return Pretrained(place, params, weights, step, mesh, dtype)

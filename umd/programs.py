@@ -1,0 +1,156 @@
+"""What is compiled for a trained model: pixels in, pixels out, each image from its own key."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from umd.codec import ENCODING, Codec
+from umd.inference import Inference
+from umd.masking import mask_from_noise
+from umd.quantize import check, quantize
+from umd.sharding import batch_sharding, run_ahead
+
+
+class Weights(NamedTuple):
+  """Parameters of the model and of the codec, on the devices."""
+
+  model: dict
+  codec: dict
+
+
+def to_floats(images: jax.Array) -> jax.Array:
+  """uint8 images in [-1, 1]; floats as they are."""
+  return images.astype(jnp.float32) / 127.5 - 1.0 if images.dtype == jnp.uint8 else images
+
+
+def to_levels(images: jax.Array, how: str) -> jax.Array:
+  """Images in [-1, 1], or a little beyond, as uint8; how="none": float32 in [-1, 1]."""
+  images = jnp.clip(images.astype(jnp.float32), -1.0, 1.0)
+  return images if how == "none" else quantize(images, how).astype(jnp.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+  """Functions `(weights, key, rows, **static) -> [B, ...]` of rows {index [B], ...} of a batch.
+
+  Attributes:
+    inference: model and path.
+    codec: what the model sees pixels through.
+    mesh: devices; all arguments but the weights are split over them.
+  """
+
+  inference: Inference
+  codec: Codec
+  mesh: Mesh
+  _compiled: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+  def represent(self, weights: Weights, key, rows, *, features: str, t: int):
+    """[B, D] of rows {image}."""
+    keys = self._keys(key, rows)
+    seen = self._encode(weights, keys, to_floats(rows["image"]))
+    return self.inference.represent(weights.model, seen, keys, t)[features]
+
+  def reconstruct(
+    self, weights: Weights, key, rows, *, how: str, mask_ratio: float = 0.0, keep: int = 0
+  ):
+    """(images, where they were filled in [B, H, W]) of rows {image}.
+
+    Hides a random share of patches or, with `keep`, those that rows {hidden [B, N]} say, of which
+    so many are not hidden.
+    """
+    keys, images = self._keys(key, rows), to_floats(rows["image"])
+    mask = mask_from_noise(rows["hidden"], keep) if keep else None
+    seen = self._encode(weights, keys, images)
+    filled, masked = self.inference.reconstruct(weights.model, seen, keys, mask_ratio, 0, mask)
+    where = self.codec.spread(masked)[..., :1] > 0
+    made = jnp.where(where, self.codec.decode(weights.codec, filled), images)
+    return to_levels(made, how), where[..., 0]
+
+  def sample(self, weights: Weights, key, rows, *, how: str, **settings):
+    """[B, H, W, C] of rows {label}, or without."""
+    made = self.inference.sample(
+      weights.model, self._keys(key, rows), rows.get("label"), **settings
+    )
+    return to_levels(self.codec.decode(weights.codec, made), how)
+
+  def trace(self, weights: Weights, key, rows, *, how: str, **settings):
+    """([B, S, H, W, C], [B, S + 1, H, W, C]): what `sample` passes, x0 and x_t."""
+    passed = self.inference.trace(
+      weights.model, self._keys(key, rows), rows.get("label"), **settings
+    )
+    show = lambda x: to_levels(self.codec.decode(weights.codec, x), how)
+    return tuple(jnp.moveaxis(jax.lax.map(show, frames), 0, 1) for frames in passed)
+
+  def inpaint(self, weights: Weights, key, rows, *, how: str, resampling: int, **settings):
+    """[B, H, W, C] of rows {image, mask [B, H, W], places}, drawn anew where the mask is 1.
+
+    Places [B, h, w, 1] are those that the model sees.
+    """
+    keys, images = self._keys(key, rows), to_floats(rows["image"])
+    known, labels = self._encode(weights, keys, images), rows.get("label")
+    made = self.inference.inpaint(
+      weights.model, keys, labels, known, rows["places"], resampling, **settings
+    )
+    made = self.codec.decode(weights.codec, made)
+    return to_levels(jnp.where(rows["mask"][..., None], made, images), how)
+
+  def _keys(self, key, rows):
+    """As `umd.inference.example_keys`, of a key that is no constant of the program."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(rows["index"])
+
+  def _encode(self, weights: Weights, keys, images):
+    fold = jax.vmap(lambda key: jax.random.fold_in(key, ENCODING))
+    return self.codec.encode(weights.codec, images, fold(keys))
+
+  def compiled(self, name: str, **static) -> Callable:
+    """The function of that name; compiled at its first call with rows of a new size."""
+    if "how" in static:
+      check(static["how"])
+    key = name, *sorted(static.items())
+    if key not in self._compiled:
+      program = functools.partial(getattr(self, name), **static)
+      self._compiled[key] = jax.jit(program, out_shardings=batch_sharding(self.mesh))
+    return self._compiled[key]
+
+  def each(
+    self, program: Callable, weights: Weights, seed: int, rows: Mapping, batch_size: int
+  ) -> Iterator[tuple[slice, jax.Array]]:
+    """Runs a program over rows {name: [n, ...]}, batch by batch, the devices always ahead.
+
+    Yields (which of the n, what came out as NumPy).
+
+    Raises:
+      ValueError: a seed or a batch size that makes no sense.
+    """
+    if not 0 <= seed < 2**32:  # JAX takes the last 32 bits.
+      raise ValueError(f"seed={seed} must be in [0, 2**32).")
+    if batch_size < 1:
+      raise ValueError(f"batch_size={batch_size} must be at least 1.")
+    n = len(next(iter(rows.values())))
+    rows = {"index": np.arange(n, dtype=np.int32), **rows}
+    size, key, done = self._size(n, batch_size), jax.random.key(seed), 0
+    batches = (_padded(rows, start, size) for start in range(0, n, size))
+    for out in run_ahead(lambda batch: program(weights, key, batch), batches, self.mesh):
+      count = min(size, n - done)
+      yield slice(done, done + count), jax.tree.map(lambda x: np.asarray(x)[:count], out)  # noqa: B023
+      done += count
+
+  def _size(self, n: int, batch_size: int) -> int:
+    """A multiple of the devices; for few rows a power of two of them, so that sizes are few."""
+    size = devices = self.mesh.size
+    while size < n:
+      size *= 2
+    return min(size, -(-batch_size // devices) * devices)
+
+
+def _padded(rows: Mapping[str, np.ndarray], start: int, size: int) -> dict[str, np.ndarray]:
+  """Rows start..start + size, the last one repeated where there are no more."""
+  parts = {name: x[start : start + size] for name, x in rows.items()}
+  fill = lambda x: np.concatenate([x, np.repeat(x[-1:], size - len(x), axis=0)])
+  return {name: fill(x) for name, x in parts.items()}
