@@ -197,7 +197,8 @@ def test_a_run_is_finished_once_it_says_so(tmp_path):
 
 
 def test_the_environment_names_versions_devices_and_command(tmp_path, monkeypatch):
-  monkeypatch.setattr(sys, "argv", ["train.py", "--workdir", "here"])
+  secret = ["--key", "SECRET", "--key=SECRET"]  # Of Weights & Biases.
+  monkeypatch.setattr(sys, "argv", ["train.py", *secret, "--workdir", "here"])
   folder.start(str(tmp_path), CONFIG)
   found = json.loads((tmp_path / "environment.json").read_text())
   assert found["versions"]["jax"] == jax.__version__

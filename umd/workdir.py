@@ -255,6 +255,14 @@ def _record_changes(workdir: str, config: dict) -> None:
     write_bytes(path, (read_bytes(path) or b"") + "".join(f"{x}\n" for x in lines).encode())
 
 
+def _without_key(argv: list[str]) -> list[str]:
+  """A command without --key and its value: whoever reads a workdir must not learn an API key."""
+  flags = [i for i, word in enumerate(argv) if word in ("--key", "-key")]
+  hidden = {*flags, *(i + 1 for i in flags)}
+  shown = (word for i, word in enumerate(argv) if i not in hidden)
+  return [word for word in shown if not word.startswith(("--key=", "-key="))]
+
+
 def start(workdir: str, config: dict) -> None:
   """Writes config.json and environment.json (versions, devices, command of the newest start).
 
@@ -269,7 +277,7 @@ def start(workdir: str, config: dict) -> None:
     except importlib.metadata.PackageNotFoundError:
       continue
   environment = {
-    "command": [sys.executable, *sys.argv],
+    "command": [sys.executable, *_without_key(sys.argv)],
     "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "python": platform.python_version(),
     "platform": platform.platform(),
