@@ -12,12 +12,13 @@ usage() {
   cat <<TEXT
 Usage: bash run.sh MODULE [ARGUMENTS]   run a program, as python -m MODULE ARGUMENTS
        bash run.sh test [ARGUMENTS]     run the tests; arguments go to pytest
+       bash run.sh demo [ARGUMENTS]     serve a page to try a model on: tools.demo
 
 Modules: $(modules | xargs)
 
 The first call makes .venv with Python >= 3.11 (UMD_PYTHON chooses one) and installs
 requirements.txt for the accelerator it finds; UMD_ACCELERATOR=cpu|cuda|tpu overrides that.
-Later calls start at once, until requirements.txt changes.
+The first demo installs requirements-demo.txt. Later calls start at once, until those change.
 
 Example: bash run.sh train --config configs/quickstart.py --workdir runs/quickstart
 TEXT
@@ -101,17 +102,38 @@ install() {
   unlock
 }
 
+install_demo() {
+  local want
+  want="$(cksum < requirements-demo.txt)"
+  if [[ "$(cat .venv/installed_demo 2>/dev/null)" == "$want" ]]; then
+    return
+  fi
+  lock
+  echo "Installing what the demo needs into .venv (once)" >&2
+  # With the others, so that their ranges hold for what both need.
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+    -r requirements.txt -r requirements-demo.txt >&2
+  echo "$want" > .venv/installed_demo
+  unlock
+}
+
 case "${1:-}" in
   "" | -h | --help | help) usage; exit 0 ;;
 esac
 module="$1"
 shift
+if [[ "$module" == demo ]]; then
+  module=tools.demo
+fi
 if [[ "$module" != test ]] && ! modules | grep -qxF -- "$module"; then
   echo "error: no module '$module' here." >&2
   usage >&2
   exit 2
 fi
 install "$(accelerator)"
+if [[ "$module" == tools.demo ]]; then
+  install_demo
+fi
 if [[ "$module" == test ]]; then
   exec .venv/bin/python -m pytest "$@"
 fi

@@ -1,0 +1,273 @@
+"""What the page can do with a trained model, without the page: arrays in, arrays and words out."""
+
+import dataclasses
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from tools.demo_page import canvas
+from tools.demo_page.images import ImageSet, Tell
+from umd import pictures
+from umd.inputs import ALL
+from umd.pretrained import Pretrained
+from umd.progress import format_seconds
+from umd.samplers import SAMPLERS
+
+NONE = "none"
+FRAMES, WIDTH = 24, 480  # Of what is shown of the denoising; of a grid in pixels, about.
+SAMPLES, FILLED, NEIGHBOURS = 64, 8, 50  # At most.
+RESAMPLING, RESAMPLED = 4, 20  # Unless it is said, and at most: of `inpaint`.
+NOISED = 0.05  # Share of T at which a model looks at images that never saw clean ones.
+
+Picture = tuple[np.ndarray, str]  # And what it shows.
+
+
+def _whole(name: str, value, low: int, high: int) -> int:
+  """A whole number of a form; ValueError if it is none or out of range."""
+  if isinstance(value, bool) or not isinstance(value, (int, float, np.integer)) or value % 1:
+    raise ValueError(f"{name}={value!r} must be a whole number.")
+  if not low <= value <= high:
+    raise ValueError(f"{name}={int(value)} must be in {low}..{high}.")
+  return int(value)
+
+
+def _columns(n: int, labels: np.ndarray | None) -> int:
+  """Of a grid: one for each class if they come in turn, else about as many as rows."""
+  in_turn = labels is not None and 1 < len(labels) <= 10 and n >= len(labels)
+  return len(labels) if in_turn else math.ceil(math.sqrt(n))
+
+
+def _grid(images: np.ndarray, columns: int) -> np.ndarray:
+  return canvas.enlarge(
+    tiled := pictures.grid(images, columns), WIDTH * len(tiled) // tiled.shape[1]
+  )
+
+
+@dataclasses.dataclass
+class Session:
+  """One model and the images that go with it; whoever asks first is served first.
+
+  Attributes:
+    model: what was loaded.
+    examples: images to try things on, or None.
+    open_training: returns the images among which neighbours are looked for; called once, at the
+      first use, with a `tell(done, total)`. None if there are none.
+    no_examples, no_training: why there are none.
+  """
+
+  model: Pretrained
+  examples: ImageSet | None = None
+  open_training: Callable[[Tell], ImageSet] | None = None
+  no_examples: str = ""
+  no_training: str = ""
+
+  def __post_init__(self):
+    self._lock, self._known = threading.Lock(), None
+    streams = self.model.description.streams.values()
+    self._clean = [s for s in streams if s.get("timesteps", "uniform") == "clean"]
+    self._inference = self.model.description.inference()
+
+  @property
+  def timesteps(self) -> int:
+    """T, and so the most steps that a sampler can take."""
+    return self._inference.path.timesteps
+
+  def lacks(self, task: str) -> str:
+    """Why "sample", "labels", "reconstruct", "inpaint" or "neighbours" makes no sense; "" if so."""
+    if task == "labels":
+      return "" if self.model.num_classes else "it was trained without labels"
+    if task == "neighbours":
+      return (
+        "" if self.open_training else f"there are no images to compare with: {self.no_training}"
+      )
+    if task == "inpaint":
+      return self.model.description.lacks("sample")
+    reason = self.model.description.lacks(task)
+    masked = any(s.get("mask_ratio", 0) > 0 for s in self._clean)
+    if task == "reconstruct" and not reason and not masked:
+      return "it never saw clean images with masks, so it cannot fill them in in one pass"
+    return reason
+
+  @property
+  def looks_at(self) -> int:
+    """The timestep at which images are represented: 0 if the model ever saw clean ones."""
+    return 0 if self._clean else max(1, round(NOISED * self.timesteps))
+
+  def labels(self, label) -> np.ndarray | None:
+    """Ids of a number, a name, several with commas between, "all", or "none"."""
+    if label is None or label == NONE or label == "":
+      return None
+    if isinstance(label, str) and label != ALL and label not in self.model.class_names:
+      label = [part.strip() for part in label.split(",")]
+    return self.model.label_ids(label)
+
+  def _settings(self, labels, cfg_scale, low, high, sampler, steps) -> dict:
+    """Settings of sampling, checked before anything is compiled."""
+    given = dict(sampler=sampler or None, steps=steps and _whole("steps", steps, 1, self.timesteps))
+    if sampler and sampler not in SAMPLERS:
+      raise ValueError(f"sampler={sampler!r} is not one of {', '.join(SAMPLERS)}.")
+    if labels is not None:  # Else there is nothing to guide by.
+      if cfg_scale is not None and not 0 <= cfg_scale <= 100:
+        raise ValueError(f"cfg_scale={cfg_scale} must be in [0, 100]; 1 is no guidance.")
+      interval = None if None in (low, high) else (float(low), float(high))
+      given |= dict(cfg_scale=cfg_scale, guidance_interval=interval)
+    some = None if labels is None else labels[:1]
+    return self.model.check_sampling(some, **{k: v for k, v in given.items() if v is not None})
+
+  def sample(
+    self,
+    label=NONE,
+    num: int = 16,
+    seed: int = 0,
+    cfg_scale: float | None = None,
+    low: float | None = 0.0,
+    high: float | None = 1.0,
+    sampler: str = "",
+    steps: int | None = None,
+    watch: bool = True,
+  ) -> Iterator[Picture]:
+    """Samples in a grid; with `watch` first what the model took the noise for on the way.
+
+    Args:
+      label: see `labels`.
+      num: how many; several labels come in turn.
+      seed: of the noise.
+      cfg_scale, low, high: guidance, and the shares of T between which it is used.
+      sampler, steps: "" and None for the run's own.
+      watch: of the steps at most FRAMES are shown; needs memory for all of them.
+
+    Raises:
+      ValueError: see `Pretrained.sample`; before anything is computed.
+    """
+    self._refuse("sample")
+    ids, num = self.labels(label), _whole("the number of samples", num, 1, SAMPLES)
+    seed = _whole("seed", seed, 0, 2**32 - 1)
+    settings = self._settings(ids, cfg_scale, low, high, sampler, steps)
+    columns, start = _columns(num, ids), time.monotonic()
+    with self._lock:
+      if watch:
+        passed = self.model.trajectory(ids, num, seed=seed, **settings)
+        made = passed.x_t[-1]
+      else:
+        made = self.model.sample(ids, num, seed=seed, **settings)
+    seconds = time.monotonic() - start
+    if watch:
+      total = len(passed.x0)
+      for i in np.unique(np.linspace(0, total - 1, min(total, FRAMES)).round().astype(int)):
+        yield _grid(passed.x0[i], columns), f"Step {i + 1} of {total}: what the model makes out"
+    yield _grid(made, columns), f"{_told(num, 'sample', settings)}, {format_seconds(seconds)}"
+
+  def random_mask(self, ratio: float, seed: int) -> np.ndarray:
+    """bool [H, W]: that share of the model's patches, at least one and not all."""
+    model, (height, width, _) = self._inference.model, self.model.image_size
+    (rows, columns), tokens = model.grid, model.tokens
+    hidden = np.zeros(tokens, bool)
+    count = min(max(1, round(ratio * tokens)), tokens - 1)
+    hidden[np.random.default_rng(seed).permutation(tokens)[:count]] = True
+    ones = np.ones((height // rows, width // columns), bool)
+    return np.kron(hidden.reshape(rows, columns), ones)
+
+  def fill(
+    self,
+    image: np.ndarray,
+    mask: np.ndarray,
+    label=NONE,
+    num: int = 2,
+    seed: int = 0,
+    steps: int | None = None,
+    resampling: int = RESAMPLING,
+  ) -> tuple[list[Picture], str]:
+    """([the image, what is known of it, how it was filled in], what was done and what was not).
+
+    Args:
+      image: uint8 [H, W, C].
+      mask: bool [H, W], true where it is to be filled in.
+      label: what the diffusion is told that it shows, see `labels`.
+      num: how often the diffusion fills it in; 0: not at all.
+      seed, steps, resampling: of the diffusion, see `Pretrained.inpaint`.
+
+    Raises:
+      ValueError: nothing is masked; or see `Pretrained.inpaint`.
+    """
+    if not mask.any():
+      raise ValueError("Nothing is masked: paint over what is to be filled in, or mask at random.")
+    ids, num = self.labels(label), _whole("the number of fillings", num, 0, FILLED)
+    seed = _whole("seed", seed, 0, 2**32 - 1)
+    resampling = _whole("resampling", resampling, 1, RESAMPLED)
+    shown = [(image, "image"), (canvas.cover(image, mask), "masked")]
+    notes, start = [], time.monotonic()
+    reason = self.lacks("reconstruct")
+    if not reason and self._hides_all(mask):
+      reason = "the mask touches every patch, so the encoder would see nothing"
+    if reason:
+      notes.append(f"No reconstruction: {reason}.")
+    diffuse = num and not self.lacks("inpaint")
+    if num and not diffuse:
+      notes.append(f"No diffusion: {self.lacks('inpaint')}.")
+    if diffuse:  # Before anything is compiled.
+      settings = self._settings(ids, None, None, None, "", steps)
+    with self._lock:
+      if not reason:
+        filled, _ = self.model.reconstruct(image, mask=mask)
+        shown.append((filled[0], "reconstruction"))
+      if diffuse:
+        given = dict(seed=seed, resampling=resampling, **settings)
+        made = self.model.inpaint(image, mask, ids, num, **given)
+        shown += [(x, f"diffusion {i + 1}") for i, x in enumerate(made)]
+    share = f"{mask.mean():.0%} masked, {format_seconds(time.monotonic() - start)}"
+    pictures_ = [(canvas.enlarge(x), text) for x, text in shown]
+    return pictures_, ". ".join([share, *(note.rstrip(".") for note in notes)])
+
+  def _hides_all(self, mask: np.ndarray) -> bool:
+    (rows, columns), (height, width) = self._inference.model.grid, mask.shape
+    tiles = mask.reshape(rows, height // rows, columns, width // columns)
+    return bool(tiles.any(axis=(1, 3)).all())
+
+  def neighbours(
+    self, image: np.ndarray, k: int = 12, tell: Tell = lambda done, total: None
+  ) -> list[Picture]:
+    """The k training images most like an image [H, W, C], by the cosine of representations.
+
+    The first call represents all training images; `tell` hears how far that is.
+    """
+    self._refuse("neighbours")
+    k = _whole("k", k, 1, NEIGHBOURS)
+    with self._lock:
+      known, features = self._known = self._known or self._represent(tell)
+      query = self._unit(self.model.represent(image, t=self.looks_at))[0]
+    likeness = features @ query
+    found = np.argsort(-likeness, kind="stable")[:k]
+    captions = (f"{known.label(i)} {likeness[i]:.3f}".strip() for i in found)
+    return [
+      (canvas.enlarge(known.images[i]), text) for i, text in zip(found, captions, strict=True)
+    ]
+
+  def _represent(self, tell: Tell) -> tuple[ImageSet, np.ndarray]:
+    """The training images and their representations, each of length 1."""
+    known, parts, size = self.open_training(tell), [], 256
+    for start in range(0, len(known.images), size):
+      tell(start, len(known.images))
+      parts.append(self.model.represent(known.images[start : start + size], t=self.looks_at))
+    return known, self._unit(np.concatenate(parts))
+
+  @staticmethod
+  def _unit(features: np.ndarray) -> np.ndarray:
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+
+  def _refuse(self, task: str) -> None:
+    if reason := self.lacks(task):
+      raise ValueError(f"This model cannot do that: {reason}.")
+
+
+def _told(num: int, what: str, settings: dict) -> str:
+  """What was drawn, in words."""
+  shown = f"{num} {what}{'s' if num > 1 else ''}: {settings['sampler']}, {settings['steps']} steps"
+  if settings["cfg_scale"] != 1:
+    shown += f", guidance {settings['cfg_scale']:g}"
+    if settings["guidance_interval"] != (0, 1):
+      low, high = settings["guidance_interval"]
+      shown += f" from {low:g} to {high:g} of T"
+  return shown

@@ -1,0 +1,209 @@
+"""The three tabs of the page, each with its endpoint: /sample, /fill, /neighbours."""
+
+import time
+from collections.abc import Mapping
+
+import gradio as gr
+import numpy as np
+
+from tools.demo_page import canvas, session
+from tools.demo_page.parts import (
+  MODEL,
+  PRIVATE,
+  cells,
+  class_field,
+  examples_field,
+  fitted,
+  seed_field,
+  told,
+)
+from tools.demo_page.session import Session
+from umd.samplers import SAMPLERS
+
+FRAME = 0.08  # Seconds between two steps of the denoising, or they could not be seen.
+MASKED = 0.5  # Share of patches, unless it is said.
+STEPS = 250  # At most, on the page.
+CANVAS = 512  # Pixels that the editor's picture is wide, about.
+
+
+def sample_tab(page: Session) -> None:
+  """Samples of a class, and how they come about."""
+  own, guided = page.model.sampling, page.model.num_classes > 0
+  with gr.Row():
+    with gr.Column(scale=2, min_width=300):
+      label = class_field(page, several=True)
+      num = gr.Slider(1, session.SAMPLES, 20 if guided else 16, step=1, label="Number of samples")
+      seed = seed_field()
+      with gr.Accordion("Sampler", open=False):
+        scale = gr.Slider(
+          0, 10, own["cfg_scale"], step=0.1, label="Guidance scale", info="1: none", visible=guided
+        )
+        low, high = own["guidance_interval"]
+        low = gr.Slider(0, 1, low, step=0.05, label="Guide from (share of T)", visible=guided)
+        high = gr.Slider(0, 1, high, step=0.05, label="Guide to (share of T)", visible=guided)
+        sampler = gr.Dropdown(list(SAMPLERS), value=own["sampler"], label="Sampler")
+        steps = gr.Slider(1, min(page.timesteps, STEPS), own["steps"], step=1, label="Steps")
+        # Frames of a model of latents all have to be decoded.
+        latents = bool(page.model.description.latents)
+        watch = gr.Checkbox(not latents, label="Show the denoising")
+      button = gr.Button("Sample", variant="primary", elem_id="sample")
+    with gr.Column(scale=3, min_width=300):
+      grid = gr.Image(
+        label="grid",
+        show_label=False,
+        format="png",
+        buttons=[],
+        elem_classes="pixels",
+        elem_id="samples",
+      )
+      status = gr.Markdown(
+        "Settings that are new are compiled first, which takes a moment.", label="status"
+      )
+
+  @told
+  def sample(label, num, seed, cfg_scale, low, high, sampler, steps, watch):
+    for found in page.sample(label, num, seed, cfg_scale, low, high, sampler, steps, watch):
+      yield found
+      time.sleep(FRAME if watch else 0)
+
+  fields = [label, num, seed, scale, low, high, sampler, steps, watch]
+  button.click(sample, fields, [grid, status], api_name="sample", **MODEL)
+
+
+def _on_canvas(image: np.ndarray, mask: np.ndarray | None = None) -> Mapping:
+  """The editor's value: an image, and what is painted over."""
+  shown = canvas.enlarge(image, CANVAS)
+  mask = np.zeros(image.shape[:2], bool) if mask is None else mask
+  layer = canvas.paint(mask, shown.shape[0] // image.shape[0])
+  alpha = layer[..., 3:] > 0
+  return {
+    "background": np.ascontiguousarray(shown),
+    "layers": [layer],
+    "composite": np.where(alpha, layer[..., :3], shown),
+  }
+
+
+def _editor() -> gr.ImageEditor:
+  return gr.ImageEditor(
+    type="pil",
+    label="Paint over what is to be filled in",
+    sources=("upload", "clipboard"),
+    transforms=(),
+    layers=False,
+    brush=gr.Brush(
+      default_size=CANVAS // 10,
+      colors=["#{:02x}{:02x}{:02x}".format(*canvas.PAINT)],
+      color_mode="fixed",
+    ),
+    canvas_size=(CANVAS, CANVAS),
+    format="png",
+    elem_id="editor",
+  )
+
+
+def _diffusion_fields(page: Session) -> list:
+  """Fields of the diffusion that fills in: (label, num, seed, steps, resampling)."""
+  usable, most = not page.lacks("inpaint"), min(page.timesteps, STEPS)
+  with gr.Accordion("Diffusion", open=False, visible=usable):
+    return [
+      class_field(page, several=False),
+      gr.Slider(0, session.FILLED, 2 if usable else 0, step=1, label="Number of fillings"),
+      seed_field(),
+      gr.Slider(1, most, min(page.model.sampling["steps"], most), step=1, label="Steps"),
+      gr.Slider(
+        *(1, session.RESAMPLED, session.RESAMPLING),
+        step=1,
+        label="Resampling",
+        info="How often each step is taken: more agrees better with what is known",
+      ),
+    ]
+
+
+def fill_tab(page: Session, tab: gr.Tab) -> None:
+  """An image is painted over, or masked at random, and filled in."""
+  size = page.model.image_size
+  with gr.Row():
+    with gr.Column(scale=1, min_width=300):
+      gallery, editor = examples_field(page), _editor()
+    with gr.Column(scale=1, min_width=300):
+      ratio = gr.Slider(0.05, 0.95, MASKED, step=0.05, label="Share of patches")
+      random = gr.Button("Random mask", elem_id="random")
+      fields = _diffusion_fields(page)
+      button = gr.Button("Fill in", variant="primary", elem_id="fill")
+      filled = cells(label="filled", elem_classes=["pixels", "cells", "large"], elem_id="filled")
+      status = gr.Markdown(label="status")
+  shown = gr.State(False)
+
+  def first(shown):
+    # An editor that was filled while its tab was hidden would be blank.
+    return gr.skip() if shown else _on_canvas(page.examples.images[0]), True
+
+  def pick(event: gr.SelectData):
+    return _on_canvas(page.examples.images[event.index])
+
+  @told
+  def mask_at_random(value, ratio):
+    image = fitted(value and value["background"], size)
+    return _on_canvas(image, page.random_mask(ratio, time.time_ns() % 2**32))
+
+  @told
+  def fill_painted(value, label, num, seed, steps, resampling):
+    image = fitted(value and value["background"], size)
+    mask = canvas.painted(value["layers"], size)
+    return page.fill(image, mask, label, num, seed, steps, resampling)
+
+  @told
+  def fill(image, mask, ratio, label, num, seed, steps, resampling):
+    given = fitted(image, size)
+    where = page.random_mask(ratio, int(seed)) if mask is None else None
+    where = canvas.white(mask, size, image.size) if where is None else where
+    return page.fill(given, where, label, num, seed, steps, resampling)
+
+  if gallery:
+    gallery.select(pick, None, editor, **PRIVATE)
+    tab.select(first, shown, [editor, shown], **PRIVATE)
+  random.click(mask_at_random, [editor, ratio], editor, **PRIVATE)
+  found = [filled, status]
+  button.click(fill_painted, [editor, *fields], found, api_visibility="private", **MODEL)
+  with gr.Column(visible=False):  # Programs send a mask as a picture of its own.
+    sent, where = gr.Image(type="pil", label="image"), gr.Image(type="pil", label="mask")
+    gr.Button().click(fill, [sent, where, ratio, *fields], found, api_name="fill", **MODEL)
+
+
+def neighbours_tab(page: Session) -> None:
+  """Training images that the model represents alike."""
+  if page.looks_at:
+    gr.Markdown(f"The model never saw clean images: these are noised to t = {page.looks_at}.")
+  with gr.Row():
+    with gr.Column(scale=1, min_width=300):
+      first = canvas.enlarge(page.examples.images[0]) if page.examples else None
+      image = gr.Image(
+        first,
+        type="pil",
+        label="Image",
+        sources=["upload", "clipboard"],
+        height=280,
+        format="png",
+        elem_classes="pixels",
+        elem_id="query",
+      )
+      gallery = examples_field(page)
+      k = gr.Slider(1, session.NEIGHBOURS, 12, step=1, label="How many")
+      button = gr.Button("Find neighbours", variant="primary", elem_id="find")
+    with gr.Column(scale=2, min_width=300):
+      gr.Markdown("Nearest training images: label and cosine similarity")
+      nearest = cells(label="nearest", elem_classes=["pixels", "cells"], elem_id="nearest")
+
+  def pick(event: gr.SelectData):
+    return canvas.enlarge(page.examples.images[event.index])
+
+  @told
+  def neighbours(image, k, progress=gr.Progress()):  # noqa: B008 - Gradio looks for it there.
+    def tell(done, total):
+      progress((done, total), desc="Looking at training images, once", unit="images")
+
+    return page.neighbours(fitted(image, page.model.image_size), k, tell)
+
+  if gallery:
+    gallery.select(pick, None, image, **PRIVATE)
+  button.click(neighbours, [image, k], nearest, api_name="neighbours", **MODEL)
