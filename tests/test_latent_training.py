@@ -197,6 +197,7 @@ def test_another_vae_in_the_place_of_the_one_it_was_trained_with_is_refused(trai
     run.open_codec(make_mesh())
 
 
+@pytest.mark.slow  # A minute of compilation; what is stored is compared in test_encode_latents.py.
 def test_training_from_stored_latents_is_training_from_images(vae, images, tmp_path):
   out = str(tmp_path / "latents")
   options = ["--size", str(SIZE), "--views", "1", "--vae", vae, "--out", out]
