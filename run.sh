@@ -4,8 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 modules() {  # what can be run: the programs here and in tools/ and benchmarks/
-  ls -- *.py tools/*.py benchmarks/*.py 2>/dev/null | sed -e 's|\.py$||' -e 's|/|.|g' \
-    | grep -v -e '__init__' -e 'conftest' || true
+  grep -ls '^if __name__ == ' -- *.py tools/*.py benchmarks/*.py | sed -e 's|\.py$||' -e 's|/|.|g' || true
 }
 
 usage() {

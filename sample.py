@@ -13,7 +13,6 @@ where it was stopped. Settings of sampling that are not given are the run's own.
 """
 
 import argparse
-import functools
 import hashlib
 import json
 import os
@@ -25,7 +24,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # Before JAX sets it: errors
 import jax
 import numpy as np
 
-from tools.fid_reference import at_least, guard
+from tools.command_line import add_processes, natural, positive, run
 from umd import distributed, pictures, sample_files, workdir
 from umd.inputs import ALL
 from umd.pretrained import BATCH, RESAMPLING, Pretrained, load
@@ -177,8 +176,6 @@ def checkpoint(text: str) -> int | str:
 
 def add_sampling(add) -> None:
   """Settings of sampling; those left out are the run's own."""
-  positive = functools.partial(at_least, 1)
-  positive.__name__ = "int"  # For argparse's message.
   add("--sampler", choices=SAMPLERS)
   add("--steps", type=positive, help="of the sampler")
   add("--head", help="that the sampler reads: eps, x0 or v")
@@ -196,15 +193,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
   text = argparse.RawDescriptionHelpFormatter
   parser = argparse.ArgumentParser("sample", None, __doc__, formatter_class=text)
   add = parser.add_argument
-  positive, number = functools.partial(at_least, 1), functools.partial(at_least, 0)
-  positive.__name__ = number.__name__ = "int"
   add("--workdir", required=True, metavar="DIR", help="of the trained model, see above")
   add("--weights", choices=("ema", "raw"), default="", help="(ema)")
   add("--step", type=checkpoint, default="newest", help="a number, newest or best (newest)")
   add("--dtype", choices=("float32", "bfloat16"), default="", help="(as trained)")
   add("--labels", help="numbers or names, e.g. 3,7; all; none (some classes, or all with --num)")
   add("--num", type=positive, metavar="N", help="how many; the labels come in turn")
-  add("--seed", type=number, default=0, help="(0)")
+  add("--seed", type=natural, default=0, help="(0)")
   add("--batch_size", type=positive, default=BATCH, help=f"in each process ({BATCH})")
   add("--out", metavar="PATH", help="(a folder or file in DIR/samples)")
   add_sampling(add)
@@ -220,9 +215,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   add("--mask", metavar="MASK", help="image, white where to fill in; box:TOP,LEFT,HEIGHT,WIDTH")
   add("--mask_ratio", type=float, default=0.75, help="of --reconstruct (0.75)")
   add("--resampling", type=positive, default=RESAMPLING, help=f"of --inpaint ({RESAMPLING})")
-  add("--coordinator", help="HOST:PORT of process 0, of several processes")
-  add("--num_processes", type=positive, help="how many they are")
-  add("--process_id", type=int, help="which of them this is, from 0")
+  add_processes(parser)
   args = parser.parse_args(argv)
   if bool(args.inpaint) > bool(args.mask):
     parser.error("--inpaint needs --mask")
@@ -244,11 +237,7 @@ def work(args: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> None:
   args = parse(argv)
-  try:
-    guard(lambda: work(args), args)
-  except KeyboardInterrupt:
-    print("stopped; the same command goes on from here", file=sys.stderr)
-    distributed.leave(130)
+  run(lambda: work(args), args)
 
 
 if __name__ == "__main__":

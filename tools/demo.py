@@ -8,7 +8,6 @@ network. It needs Gradio, which `bash run.sh demo` installs.
 """
 
 import argparse
-import functools
 import os
 import sys
 
@@ -17,9 +16,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # Before JAX sets it: errors
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
+from tools.command_line import positive, run
 from tools.demo_page import images
 from tools.demo_page.session import Session
-from tools.fid_reference import at_least, guard
 from umd.pretrained import Pretrained, load
 from umd.progress import say
 from umd.saved_weights import NEWEST
@@ -75,32 +74,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
   """The command line; argparse ends the process if it is wrong."""
   text = argparse.RawDescriptionHelpFormatter
   parser = argparse.ArgumentParser("tools.demo", None, __doc__, formatter_class=text)
-  add, positive = parser.add_argument, functools.partial(at_least, 1)
-  positive.__name__ = "int"  # For argparse's message.
+  add = parser.add_argument
   add("--workdir", required=True, metavar="DIR", help="of the trained model, see above")
   add("--weights", choices=("ema", "raw"), default="", help="(ema)")
   add("--step", default=NEWEST, help="a number, newest or best (newest)")
   add("--data", default="", help="images for neighbours: tfds:NAME:SPLIT, or a path (the run's)")
   add("--data_dir", default="", help="of TFDS; else $TFDS_DATA_DIR")
-  add(
-    *("--training_images",),
-    **dict(type=positive, default=TRAINING, metavar="N", help=f"at most, for those ({TRAINING})"),
-  )
+  many = dict(type=positive, default=TRAINING, metavar="N", help=f"at most, for those ({TRAINING})")
+  add("--training_images", **many)
   add("--host", default=HOST, help=f"0.0.0.0 serves whoever reaches this machine ({HOST})")
   add("--port", type=positive, default=PORT, help=f"({PORT})")
   add("--share", action="store_true", help="open a public tunnel, through servers of Gradio's")
   args = parser.parse_args(argv)
   args.step = int(args.step) if args.step.isdigit() else args.step
-  args.coordinator = args.num_processes = args.process_id = None
   return args
 
 
 def main(argv: list[str]) -> None:
   args = parse(argv)
-  try:
-    guard(lambda: work(args), args)
-  except KeyboardInterrupt:
-    sys.exit(130)
+  run(lambda: work(args))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # Before JAX sets it: errors
 import jax
 import numpy as np
 
-from tools.fid_reference import at_least, guard
+from tools.command_line import add_processes, natural, positive, run
 from umd import distributed, latent_files, progress, vae_weights
 from umd.codec import Latents
 from umd.data import eval_batches, splits
@@ -256,8 +256,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
   text = argparse.RawDescriptionHelpFormatter
   parser = argparse.ArgumentParser("tools.encode_latents", None, __doc__, formatter_class=text)
   add = parser.add_argument
-  positive, number = functools.partial(at_least, 1), functools.partial(at_least, 0)
-  positive.__name__ = number.__name__ = "int"  # For argparse's message.
   add("--data", required=True, help="the images, see above")
   add("--out", required=True, metavar="DIR", help="where the latents go")
   add("--size", required=True, type=positive, metavar="N", help="images become N x N pixels")
@@ -270,12 +268,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
   add("--batch_size", type=positive, default=64, help="images at a time in each process (64)")
   add("--shard_mb", type=positive, default=256, metavar="MB", help="size of a file (256)")
   add("--shards", type=positive, help="number of files, instead")
-  add("--seed", type=number, default=0, help="of the crops (0)")
+  add("--seed", type=natural, default=0, help="of the crops (0)")
   add("--max_bad", type=float, default=0, help="how many images may be unreadable (0)")
   add("--data_dir", default="", help="of TFDS; else $TFDS_DATA_DIR")
-  add("--coordinator", help="HOST:PORT of process 0, of several processes")
-  add("--num_processes", type=positive, help="how many they are")
-  add("--process_id", type=int, help="which of them this is, from 0")
+  add_processes(parser)
   args = parser.parse_args(argv)
   if args.views > AT_MOST:
     parser.error(f"argument --views: {args.views} is more than {AT_MOST}")
@@ -287,11 +283,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
   args = parse(argv)
-  try:
-    guard(lambda: make(args), args)
-  except KeyboardInterrupt:
-    print("stopped; the same command goes on from here", file=sys.stderr)
-    distributed.leave(130)
+  run(lambda: make(args), args)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # Before JAX sets it: errors
 
 from jax.sharding import Mesh
 
+from tools.command_line import run
 from tools.fid_reference import (
   NOTHING_ELSE,
   add_arguments,
   check_out,
   fitting,
-  guard,
   images_in,
   statistics_file,
 )
@@ -257,7 +257,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--metrics", nargs="+", choices=METRICS, help="default: all that can be had")
   add_arguments(parser)
   args = parser.parse_args(argv)
-  guard(lambda: evaluate(args), args)
+  run(lambda: evaluate(args), args)
 
 
 if __name__ == "__main__":

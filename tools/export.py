@@ -16,7 +16,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # Before JAX sets it: errors
 import numpy as np
 
 from tools import model_card
-from tools.fid_reference import guard
+from tools.command_line import run
 from umd import description, hub, saved_weights, tensors, vae_weights, workdir
 from umd.description import CONFIG, Place
 from umd.progress import say
@@ -104,8 +104,7 @@ def main(argv: list[str]) -> None:
   add("--name", default="", help="of the model, in its card (the folder's)")
   args = parser.parse_args(argv)
   args.step = int(args.step) if args.step.isdigit() else args.step
-  args.coordinator = args.num_processes = args.process_id = None
-  guard(lambda: export(args), args)
+  run(lambda: export(args))
 
 
 if __name__ == "__main__":

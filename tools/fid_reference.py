@@ -10,11 +10,9 @@ is in it, and with --out adds the features of the images in it, if it has any.
 
 import argparse
 import dataclasses
-import functools
 import os
 import sys
 import time
-from collections.abc import Callable
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # Before JAX sets it: errors are told anyway.
 
@@ -23,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from tools.command_line import add_processes, natural, positive, run
 from umd import distributed, extraction, statistics
 from umd.data import Source
 from umd.data.host import in_graph, tensorflow
@@ -178,34 +177,13 @@ def complete(args: argparse.Namespace, file: str) -> None:
   say(f"{args.out}: the same, with pool features of {len(source)} images")
 
 
-def at_least(low: int, text: str) -> int:
-  """An int for argparse."""
-  if (value := int(text)) < low:
-    raise argparse.ArgumentTypeError(f"{value} is less than {low}")
-  return value
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """What both tools take."""
-  positive = functools.partial(at_least, 1)
-  positive.__name__ = "int"  # For argparse's message.
   parser.add_argument("--size", type=positive, metavar="N", help="resize images to N x N")
   parser.add_argument("--batch_size", type=positive, default=64, help="over all devices (64)")
   parser.add_argument("--weights", default="", metavar="FILE", help="Inception's; else downloaded")
   parser.add_argument("--data_dir", default="", help="of TFDS; else $TFDS_DATA_DIR")
-  parser.add_argument("--coordinator", help="HOST:PORT of process 0, of several processes")
-  parser.add_argument("--num_processes", type=positive, help="how many they are")
-  parser.add_argument("--process_id", type=int, help="which of them this is, from 0")
-
-
-def guard(work: Callable[[], None], args: argparse.Namespace) -> None:
-  """Joins the other processes, if any, and works; bad input becomes one line and exit status 1."""
-  try:
-    distributed.start(args.coordinator, args.num_processes, args.process_id)
-    work()
-  except (ValueError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    distributed.leave(1)
+  add_processes(parser)
 
 
 def main(argv: list[str]) -> None:
@@ -213,10 +191,8 @@ def main(argv: list[str]) -> None:
   parser = argparse.ArgumentParser("tools.fid_reference", None, __doc__, formatter_class=text)
   parser.add_argument("--data", required=True, help="what to measure, see above")
   parser.add_argument("--out", metavar="FILE", help="npz file to be written")
-  number = functools.partial(at_least, 0)
-  number.__name__ = "int"
   parser.add_argument(
-    "--images", type=number, default=10_000, metavar="K", help="of which images and features go in"
+    "--images", type=natural, default=10_000, metavar="K", help="of which images and features go in"
   )
   add_arguments(parser)
   args = parser.parse_args(argv)
@@ -229,7 +205,7 @@ def main(argv: list[str]) -> None:
       check_out(args.out)
     complete(args, file) if file else make(args)
 
-  guard(work, args)
+  run(work, args)
 
 
 if __name__ == "__main__":
