@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from umd import preemption, progress
-from umd.codec import ENCODING, Codec, Pixels
+from umd.codec import Codec, Pixels, Weights, encode_examples
 from umd.data import Source, eval_batches, load
 from umd.inference import Inference, example_keys
 from umd.objectives import Stream
@@ -59,18 +59,6 @@ def index_batches(
   for start in range(0, num, batch_size):
     index = start + process_index * local + np.arange(local, dtype=np.int32)
     yield {"index": index, "_mask": (index < num).astype(np.float32)}
-
-
-class Weights(NamedTuple):
-  """What a function needs that looks at images through the model.
-
-  Attributes:
-    model: the model's parameters.
-    codec: those of the codec.
-  """
-
-  model: dict
-  codec: dict
 
 
 Listener = Callable[[dict[str, np.ndarray], np.ndarray], None]
@@ -132,8 +120,7 @@ class Context:
   def see(self, weights: Weights, batch) -> jax.Array:
     """What the model sees of a batch's images; latents are drawn by (seed, example)."""
     keys = example_keys(self.seed, batch["index"])
-    keys = jax.vmap(lambda key: jax.random.fold_in(key, ENCODING))(keys)
-    return self.codec.encode(weights.codec, batch["image"], keys)
+    return encode_examples(self.codec, weights.codec, batch["image"], keys)
 
   def open(self, key: str, spec: Mapping) -> Source:
     """Like `open_data`, of images or latents of the size that the model is trained on."""

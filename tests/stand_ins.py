@@ -62,4 +62,4 @@ def small_vae(setattr):
   """Puts a tiny auto-encoder in the place of each published one, "small" among their names."""
   small = {"small": random_weights(HALF), "other": random_weights(HALF, 1)}
   find = lambda name: small.get(name) or random_weights(TINY)._replace(name=name)
-  setattr(codec, "load", find)
+  setattr(codec.vae_weights, "load", find)

@@ -6,6 +6,8 @@ import pytest
 from evaluators import context as contexts
 from evaluators.context import Context
 from umd.data import eval_batches, from_arrays
+from umd.inference import Inference
+from umd.paths import make_path
 from umd.sharding import make_mesh
 
 
@@ -115,3 +117,19 @@ def test_positions_come_in_order_whatever_the_number_of_processes(num):
     for pair in zip(*parts, strict=True)
   ]
   np.testing.assert_array_equal(np.concatenate(whole), np.arange(num))
+
+
+def test_data_of_another_size_is_refused_with_its_key(tmp_path, nano):
+  """Before anything is compiled: the model would see what it was not made for."""
+  from PIL import Image
+
+  (tmp_path / "only").mkdir()
+  Image.new("RGB", (20, 20)).save(tmp_path / "only" / "grey.png")
+  model, _ = nano()
+  context = Context(Inference(model, make_path("cosine", 10)), (), make_mesh(), 4, 0, "")
+  spec = lambda size: dict(name=f"folder:{tmp_path}", split="all", pp=f"decode|resize({size})")
+  assert context.open("data", spec(16)).image_size == (16, 16, 3)
+  with pytest.raises(
+    ValueError, match=r"reference: .* \(8, 8, 3\), .* \(16, 16, 3\).*reference\.pp"
+  ):
+    context.open("reference", spec(8))

@@ -397,6 +397,10 @@ def test_what_is_no_stage_is_told_and_stages_may_be_left_out():
     ({"finetune.model.adaln": True}, "head_adaln/kernel: here"),
     ({"finetune.init_fresh": ()}, "label_embed/"),
     ({"finetune.use_labels": False, "finetune.label_drop_prob": 0.0}, "are no parts of a model"),
+    (
+      {"finetune.latents": dict(vae="VAE", dtype="float32", chunk=8, tile=0)},
+      "pretrain is trained on pixels, this stage on latents",
+    ),
     ({"finetune.init_from": "stage:absent"}, ""),  # It may be in the workdir.
     ({"finetune.init_from": "somewhere/else"}, ""),
     ({"finetune.init_from": ""}, ""),

@@ -8,7 +8,6 @@ from umd import workdir
 from umd.description import ABOUT, ENVIRONMENT, Place
 from umd.metrics import read_jsonl
 
-SECRET = ("--key", "-key")  # Of train.py: an API key.
 PACKAGES = ("jax", "flax", "optax", "numpy")
 
 HEADER = """---
@@ -59,16 +58,9 @@ TODO: say under which licence this may be used, and that of the data.
 
 
 def _command(environment: Mapping) -> str:
-  """The newest command of the training, without what is secret in it; "" if nobody knows."""
-  words, shown = list(environment.get("command", ()))[2:], []
-  while words:
-    word = words.pop(0)
-    name, equals, _ = word.partition("=")
-    if name in SECRET:
-      words = words if equals else words[1:]
-      continue
-    shown.append(word)
-  return f"python -m train {shlex.join(shown)}" if shown else ""
+  """The newest command of the training; "" if nobody knows."""
+  arguments = environment.get("command", ())[2:]
+  return f"python -m train {shlex.join(arguments)}" if arguments else ""
 
 
 def _metrics(folder: str) -> str:

@@ -164,7 +164,12 @@ def _check_start(stage: Mapping, source: Mapping, name: str, done: bool) -> Iter
     return  # Its checkpoint is there, and is looked at itself.
   elif not source["checkpoint"]["every"]:
     yield f"{name}.checkpoint.every=0 saves nothing to start from. Set it to a number of steps."
-  elif stage["trainer"] == "autoencoder" and not (stage["latents"] or source["latents"]):
+  elif stage["trainer"] != "autoencoder":
+    return
+  elif bool(stage["latents"]) != bool(source["latents"]):
+    sees = lambda config: "latents" if config["latents"] else "pixels"
+    yield f"{name} is trained on {sees(source)}, this stage on {sees(stage)}. Set both alike."
+  else:
     # Of equal sizes the smallest will do: what else differs, differs in it, too.
     size = "nano/1" if stage["model"]["variant"] == source["model"]["variant"] else ""
     try:

@@ -7,18 +7,19 @@ argument, for as constants they would be compiled into every program.
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
+from umd import vae_weights
 from umd.data import Source
 from umd.data.latents import check
 from umd.models.vae import KLAutoEncoder
 from umd.sharding import DATA_AXIS, replicate
 from umd.tiling import tiled
-from umd.vae_weights import Weights, load
 
 ENCODING = 0x1A7E  # Folded into keys, so that latents share no noise with what is done to them.
 OVERLAP = 4  # A tile shares a quarter of its side with the next one.
@@ -95,7 +96,12 @@ class Latents:
   bounded = False
 
   def __init__(
-    self, weights: Weights, mesh: Mesh, dtype: str = "bfloat16", chunk: int = 8, tile: int = 0
+    self,
+    weights: vae_weights.Weights,
+    mesh: Mesh,
+    dtype: str = "bfloat16",
+    chunk: int = 8,
+    tile: int = 0,
   ):
     """Places the auto-encoder on the devices.
 
@@ -210,9 +216,21 @@ class Latents:
     return jax.shard_map(local, mesh=self._mesh, check_vma=False, **specs)(params, x)
 
 
+class Weights(NamedTuple):
+  """What a function needs that looks at images through a model.
+
+  Attributes:
+    model: the model's parameters.
+    codec: those of the codec.
+  """
+
+  model: dict
+  codec: dict
+
+
 @functools.cache
 def _make(mesh: Mesh, vae: str, **settings) -> Latents:
-  return Latents(load(vae), mesh, **settings)
+  return Latents(vae_weights.load(vae), mesh, **settings)
 
 
 Codec = Pixels | Latents
@@ -232,3 +250,9 @@ def encode_batch(codec: Codec, params, batch: Mapping, key: Array) -> dict:
   """The batch with what the model sees in place of its images; `params` are the codec's."""
   keys = jax.random.split(jax.random.fold_in(key, ENCODING), len(batch["image"]))
   return {**batch, "image": codec.encode(params, batch["image"], keys)}
+
+
+def encode_examples(codec: Codec, params, images: Images, keys: Array) -> Seen:
+  """What the model sees of images, each drawn with its own key; `params` are the codec's."""
+  fold = jax.vmap(lambda key: jax.random.fold_in(key, ENCODING))
+  return codec.encode(params, images, fold(keys))

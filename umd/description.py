@@ -131,7 +131,6 @@ def _of_run(folder: str, config: Mapping) -> Place:
     )
   if about is None:
     raise FileNotFoundError(f"{folder!r}: {ABOUT} is missing; it is written as a run starts.")
-  config = {"latents": {}, **config}  # Runs from before there were latents saw pixels.
   settings = {**config["model"], "heads": tuple(config["model"]["heads"])}
   settings |= {"image_size": tuple(about["image_size"]), "num_classes": about["num_classes"]}
   description = Description(

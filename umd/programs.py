@@ -3,25 +3,17 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from umd.codec import ENCODING, Codec
+from umd.codec import Codec, Weights, encode_examples
 from umd.inference import Inference
 from umd.masking import mask_from_noise
 from umd.quantize import check, quantize
 from umd.sharding import batch_sharding, run_ahead
-
-
-class Weights(NamedTuple):
-  """Parameters of the model and of the codec, on the devices."""
-
-  model: dict
-  codec: dict
 
 
 def to_floats(images: jax.Array) -> jax.Array:
@@ -105,8 +97,7 @@ class Programs:
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(rows["index"])
 
   def _encode(self, weights: Weights, keys, images):
-    fold = jax.vmap(lambda key: jax.random.fold_in(key, ENCODING))
-    return self.codec.encode(weights.codec, images, fold(keys))
+    return encode_examples(self.codec, weights.codec, images, keys)
 
   def compiled(self, name: str, **static) -> Callable:
     """The function of that name; compiled at its first call with rows of a new size."""
