@@ -15,7 +15,7 @@ ARGUMENTS = dict(
   images.ARGUMENTS,
   # What the checkpoint is expected to be; checked where given, `size` always.
   variant="B/4",  # expected of the checkpoint: size and patch side
-  adaln=True,  # expected of the checkpoint: conditioned by AdaLN
+  adaln="true",  # expected of the checkpoint: conditioned by AdaLN (true, shared or false)
   width=768,  # expected of the checkpoint: features of a token
   run="",  # probe the run in this folder instead
   weights="ema",  # ema or raw: which of the checkpoint's weights

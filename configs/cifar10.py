@@ -14,7 +14,7 @@ ARGUMENTS = {
   "size": 32,
   "variant": "micro/4",
   "cache": True,
-  "adaln": False,
+  "adaln": "false",
 }
 
 

@@ -21,17 +21,26 @@ ARGUMENTS = dict(
   no_noise_prob=0.5,  # share of the batch that stays clean
   mask_ratio=0.375,  # share of the patches masked in the noised part
   mask_ratio_no_noise=0.75,  # share of the patches masked in the clean part
-  adaln=True,  # condition by AdaLN, or else by one more token
+  adaln="true",  # condition by AdaLN: true, shared (one for all layers) or false: one more token
   variant="B/4",  # size and patch side, see SIZES in umd/models/autoencoder.py
   path="cosine",  # from image to noise: cosine, linear or flow
   timesteps=1000,  # T of the path; t = 0 is clean, t = T is noise
   dtype="bfloat16",  # of the computation: bfloat16 or float32
-  scan=False,  # loop over layers: compiles faster, runs slower
-  remat=False,  # recompute activations: less memory, slower
-  fsdp=False,  # split parameters, their average and the optimiser over the devices
+  scan="auto",  # loop over layers, compiles faster, runs slower: true, false or auto
+  remat="auto",  # what is computed again to save memory: none, dots, full or auto
+  fsdp=1,  # devices that share one copy of parameters, average and optimiser; 0: all
+  accumulate=1,  # parts of a batch, worked on one after the other: less memory, slower
   seed=0,  # of initialisation, order, crops, noise and masks
   wandb_mode="disabled",  # of Weights & Biases: online, offline or disabled
 )
+
+# What these arguments may be.
+CHOICES = dict(
+  adaln=("true", "shared", "false"),
+  scan=("auto", "true", "false"),
+  remat=("auto", "none", "dots", "full"),
+)
+CONDITIONS = {"true": "adaln", "shared": "adaln_shared", "false": "token"}
 
 # A step is skipped if its numbers are not finite, or if its loss is `spike_sigma` deviations above
 # the mean of the last `spike_window` (0: never); after `max_skipped` in a row the run stops.
@@ -47,6 +56,8 @@ def _convert(name: str, text: str, default):
     if text.lower() not in TRUE + FALSE:
       raise ValueError(f"{name}={text!r} must be a bool: true or false.")
     return text.lower() in TRUE
+  if kind is str and name in CHOICES and (text := text.lower()) not in CHOICES[name]:
+    raise ValueError(f"{name}={text!r} must be one of {', '.join(CHOICES[name])}.")
   try:
     return kind(text)
   except ValueError:
@@ -142,9 +153,10 @@ def scaled(lr: float, batch_size: int) -> float:
 
 
 def _network(a) -> dict:
-  model = {k: a[k] for k in ("variant", "adaln", "dtype", "scan", "remat")}
+  model = {k: a[k] for k in ("variant", "dtype", "scan", "remat")}
+  model |= dict(heads=("x0", "eps"), condition=CONDITIONS[a.adaln])
   path = dict(name=a.path, timesteps=a.timesteps)
-  return dict(model=dict(heads=("x0", "eps"), **model), path=path, fsdp=a.fsdp)
+  return dict(model=model, path=path, fsdp=a.fsdp, accumulate=a.accumulate)
 
 
 def autoencoder(

@@ -17,7 +17,7 @@ ARGUMENTS = dict(
   # What the checkpoint is expected to be; checked where given, `size` always.
   variant="B/4",  # expected of the checkpoint: size and patch side
   size=64,  # expected of the checkpoint: side of the images in pixels
-  adaln=True,  # expected of the checkpoint: conditioned by AdaLN
+  adaln="true",  # expected of the checkpoint: conditioned by AdaLN (true, shared or false)
   latent_diffusion=False,  # expected of the checkpoint: trained on latents
   finetune=False,  # evaluate the fine-tuned run
   run="",  # evaluate the run in this folder instead

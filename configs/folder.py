@@ -15,7 +15,7 @@ ARGUMENTS = {
   "test_split": "all[:10%]",
   "variant": "micro/8",
   "shots": "10",
-  "adaln": False,
+  "adaln": "false",
 }
 del ARGUMENTS["dataset"], ARGUMENTS["data_dir"]
 

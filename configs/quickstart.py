@@ -16,7 +16,7 @@ ARGUMENTS = dict(
   common.ARGUMENTS,
   # AdaLN's gates start at zero: in a run as short as this one the class tokens are then left behind
   # (README, "Methods").
-  adaln=False,
+  adaln="false",
   variant="micro/2",
   dtype="float32",
   steps=2000,  # steps of pre-training

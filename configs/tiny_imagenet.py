@@ -14,7 +14,7 @@ ARGUMENTS = {
   "size": 64,
   "variant": "micro/8",
   "cache": True,
-  "adaln": False,
+  "adaln": "false",
 }
 
 

@@ -33,7 +33,8 @@ ARGUMENTS = dict(
   evaluations=4,  # times that it is evaluated, the last step included
   eval_num=2048,  # held-out images to look at; 0: all
   scaling_num=10_000,  # training images that the scaling factor is measured on
-  fsdp=False,  # split parameters, their average and the optimiser over the devices
+  fsdp=1,  # devices that share one copy of parameters, average and optimiser; 0: all
+  accumulate=1,  # parts of a batch, worked on one after the other: less memory, slower
   seed=0,  # of the weights, the order of the data and all noise
   wandb_mode="disabled",  # online, offline or disabled
 )
@@ -73,6 +74,7 @@ def get_config(arg=None):
       epochs=0.0,
       ema_decay=a.ema_decay,
       fsdp=a.fsdp,
+      accumulate=a.accumulate,
       guard=dict(common.GUARD),
       init_from="",
       eval_every=-(-a.steps // a.evaluations),

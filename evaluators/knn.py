@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Float, Int
 
-from umd.sharding import DATA_AXIS, batch_sharding, replicated
+from umd.placement import BATCH, WHOLE
+from umd.sharding import batch_sharding, replicated
 
 TEMPERATURE = 0.07
 BLOCK = 2**26  # Similarities that a device holds at a time (256 MB).
@@ -45,8 +45,8 @@ def nearest(
     best, where = jax.lax.top_k(jnp.concatenate([similarity, found], axis=1), k)
     return best, jnp.take_along_axis(ids, where, axis=1)
 
-  local = P(DATA_AXIS)
-  step = jax.shard_map(step, mesh=mesh, in_specs=(local,) * 3 + (P(), P()), out_specs=local)
+  specs = dict(in_specs=(BATCH,) * 3 + (WHOLE, WHOLE), out_specs=BATCH)
+  step = jax.shard_map(step, mesh=mesh, **specs)
   step = jax.jit(step, donate_argnums=(1, 2))
   query = deal_out(test)
   similarity = deal_out(np.full((m, k), -np.inf, np.float32))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from evaluators.context import Context, Weights, count
 from umd.checkpoint import WEIGHTS
 from umd.inference import example_keys, example_normal, example_uniform
-from umd.objectives import TIMESTEPS, Stream, score
+from umd.objectives import TIMESTEPS, Draw, Stream, score
 from umd.state import TrainState
 
 
@@ -57,7 +57,8 @@ class Evaluator:
     eps = example_normal(keys[:, 1], images.shape[1:])
     mask_noise = example_uniform(keys[:, 2], (model.tokens,))
     labels = batch["label"] if model.num_classes and stream.labels else None
-    return score(model, path, stream, weights.model, images, labels, t, eps, mask_noise)
+    draw = Draw(images, labels, t, eps, mask_noise)
+    return score(model, path, [stream], weights.model, [draw])[0]
 
   def __call__(self, state: TrainState) -> Iterator[tuple[str, float]]:
     ranges = {stream.name: self._ranges(stream) for stream in self._context.streams}

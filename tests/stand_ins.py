@@ -63,3 +63,21 @@ def small_vae(setattr):
   small = {"small": random_weights(HALF), "other": random_weights(HALF, 1)}
   find = lambda name: small.get(name) or random_weights(TINY)._replace(name=name)
   setattr(codec.vae_weights, "load", find)
+
+
+class Function:
+  """A function (params, batch, key) -> (loss, terms) as an objective that draws nothing itself."""
+
+  def __init__(self, fn):
+    self.fn = fn
+
+  def draw(self, batch, key):
+    return batch, key
+
+  def __call__(self, params, drawn):
+    return self.fn(params, *drawn)
+
+
+def at_once(objective):
+  """An objective as a function (params, batch, key) -> (loss, terms)."""
+  return lambda params, batch, key: objective(params, objective.draw(batch, key))

@@ -358,7 +358,7 @@ def test_evaluation_commands_build_probes_and_samples(
   [
     ((":L/2", 64, True, False, False), ["variant='L/2', there 'B/4'"]),
     ((":B/4", 256, True, False, False), ["size=256, there 64"]),
-    ((":B/4", 64, False, False, False), ["adaln=False, there True"]),
+    ((":B/4", 64, False, False, False), ["adaln='false', there 'true'"]),
     ((":B/4", 64, True, True, False), ["latent_diffusion=True, there False"]),
     ((":L/16", 256, True, False, False), ["variant='L/16', there 'B/4'", "size=256, there 64"]),
   ],

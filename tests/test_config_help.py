@@ -115,7 +115,7 @@ from configs import common
 
 ARGUMENTS = {
   **common.ARGUMENTS,
-  "adaln": False,  # the other way
+  "adaln": "false",  # the other way
   # A remark on what comes next, no meaning.
   "seed": 5,
   "own": "a#b",  # of mine

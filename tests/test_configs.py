@@ -111,7 +111,7 @@ def test_toggles_override_the_row_of_the_method_wherever_they_stand(order):
     ("clean", (0.0, 0.25), "clean", 0.75): CLEAN,
     ("noised", (0.25, 1.0), "uniform", 0.5): HALVES,
   }
-  assert config.model.adaln is True
+  assert config.model.condition == "adaln"
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1])

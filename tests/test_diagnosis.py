@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from stand_ins import Function
 
 from trainers.nonfinite import inspect
 from umd import data
 from umd.codec import Pixels
 from umd.diagnosis import _watched, diagnose
 from umd.models.blocks import Stack
-from umd.objectives import Stream, Term, make_loss
+from umd.objectives import Objective, Stream, Term
 from umd.paths import make_path
 from umd.sharding import make_mesh, put_batch, replicated, state_shardings
 from umd.state import step_key
@@ -31,12 +32,12 @@ IMAGES = np.random.default_rng(0).uniform(-1, 1, (BATCH, 8, 8, 1)).astype(np.flo
 LABELS = np.arange(BATCH, dtype=np.int32) % 3
 
 
-def verdict(loss, params, devices=1, fsdp=False, rows=()):
+def verdict(loss, params, devices=1, fsdp=1, rows=()):
   """First line of the diagnosis of a step in which these rows of the images are spoilt."""
-  mesh = make_mesh(jax.devices()[:devices])
+  mesh = make_mesh(jax.devices()[:devices], fsdp)
   batch = {"image": IMAGES.copy(), "label": LABELS}
   batch["image"][list(rows), 3, 3] = np.nan
-  placed = jax.device_put(params, state_shardings(params, mesh, fsdp))
+  placed = jax.device_put(params, state_shardings(params, mesh))
   report = diagnose(loss, NAMES, placed, put_batch(batch, mesh), step_key(0, 5))
   assert len(report.splitlines()) > 1
   return report.splitlines()[0]
@@ -46,10 +47,10 @@ def verdict(loss, params, devices=1, fsdp=False, rows=()):
 def method(nano):
   """(loss of two streams, parameters)."""
   model, params = nano(image_size=(8, 8, 1), variant="nano/2", num_classes=3, scan=True)
-  return make_loss(model, make_path("cosine", 10), STREAMS, BATCH), params
+  return Objective(model, make_path("cosine", 10), STREAMS, BATCH), params
 
 
-@pytest.fixture(params=[(1, False), (4, True)], ids=["one device", "four, split"])
+@pytest.fixture(params=[(1, 1), (4, 4)], ids=["one device", "four, split"])
 def planted(request, method):
   """`planted(leaf, change, rows) -> verdict`, with one parameter changed or images spoilt."""
   loss, params = method
@@ -93,20 +94,19 @@ def test_images_are_named_by_their_rows(planted):
 @pytest.mark.parametrize(
   ("leaf", "change", "first"),
   [
-    ("encoder/blocks/mlp/out/kernel", layer(1, 1e38), "'clean': encoder/blocks/1/mlp/out."),
+    ("encoder/blocks/mlp/out/kernel", layer(1, 1e38), "stream 'clean': encoder/blocks/1/mlp/out."),
     # Logits are computed by the attention itself, and what comes of them enters its last part.
     (
       "encoder/blocks/attention/qkv_kernel",
       layer(0, 1e30),
-      "'clean': encoder/blocks/0/attention, before encoder/blocks/0/attention/out.",
+      "stream 'clean': encoder/blocks/0/attention, before encoder/blocks/0/attention/out.",
     ),
-    ("mask_token", lambda x: x * 1e30, "'clean': decoder/blocks/0/norm1/norm."),
-    # Only the noised stream is shown labels; the clean one gets the last row, "no label".
-    ("label_embed/table/embedding", huge_first_row, "'noised': label_embed/trunk/hidden."),
+    ("mask_token", lambda x: x * 1e30, "all streams: decoder/blocks/0/norm1/norm."),
+    ("label_embed/table/embedding", huge_first_row, "all streams: label_embed/trunk/hidden."),
   ],
 )
 def test_an_overflow_is_named_by_the_layer_that_makes_it(planted, leaf, change, first):
-  assert planted(leaf, change) == f"activations not finite, the first in stream {first}"
+  assert planted(leaf, change) == f"activations not finite, the first in {first}"
 
 
 def test_watching_changes_no_number(method):
@@ -115,12 +115,14 @@ def test_watching_changes_no_number(method):
   mesh = make_mesh(jax.devices()[:1])
   batch = put_batch({"image": IMAGES, "label": LABELS}, mesh)
   params = jax.device_put(params, replicated(mesh))
-  expected = jax.jit(loss)(params, batch, step_key(0, 5))
+  drawn = loss.draw(batch, step_key(0, 5))
+  expected = jax.jit(loss)(params, drawn)
   watched, traced = _watched(loss, NAMES, replicated(mesh))
-  total, terms, values = watched(params, batch, step_key(0, 5))
+  total, terms, values = watched(params, drawn)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), (total, terms), expected)
   assert len(values) == len(traced[-1].names) > 60
-  assert {name.split("'")[1] for name in traced[-1].names} == set(NAMES)
+  streams = {name.split(": ")[0] for name in traced[-1].names}
+  assert streams == {"all streams", *(f"stream {name!r}" for name in NAMES)}
 
 
 class Model(nn.Module):
@@ -152,13 +154,13 @@ TERMS = {"clean/x0": jnp.float32(1.0), "noised/x0": jnp.float32(2.0)}
   ],
 )
 def test_terms_and_loss_come_after_the_layers(total, terms, expected):
-  loss = lambda params, batch, key: (total + 0 * params["w"].sum(), terms)
+  loss = Function(lambda params, batch, key: (total + 0 * params["w"].sum(), terms))
   assert verdict(loss, {"w": jnp.ones(3)}) == expected
 
 
 def test_gradients_are_named_from_the_loss_backwards():
   """They overflow on their way through a layer, so that it and those before it are reached."""
-  model = Stack(3, heads=1, adaln=False, dtype=jnp.dtype("float32"))
+  model = Stack(3, heads=1, condition="token", dtype=jnp.dtype("float32"))
   x, cond = jnp.asarray(IMAGES[:, :, :, 0]), jnp.ones((BATCH, 8))
   params = {"encoder": jax.device_get(model.init(jax.random.key(0), x, cond)["params"])}
   spoil = jax.custom_vjp(lambda x: x)
@@ -173,7 +175,7 @@ def test_gradients_are_named_from_the_loss_backwards():
     out = stack.apply({"params": {"encoder": {**params["encoder"], "blocks": spoilt}}}, x, cond)
     return out.std(), {}
 
-  found = verdict(loss, params)
+  found = verdict(Function(loss), params)
   names = found.removeprefix("gradients not finite, from the loss backwards: ").split(", ")
   layers = [name.split("/")[2] for name in names if name.startswith("encoder/blocks/")]
   assert layers == sorted(layers, reverse=True) and set(layers) == {"0", "1"}
@@ -183,7 +185,7 @@ def test_the_batch_of_the_step_and_the_report_are_left_in_the_workdir(tmp_path, 
   loss, params = method
   source = data.load("digits", "train")
   batches_from = lambda n: data.train_batches(source, BATCH, seed=3, start_step=n)
-  parts = types.SimpleNamespace(mesh=make_mesh(), codec=Pixels(), loss=loss, streams=STREAMS)
+  parts = types.SimpleNamespace(mesh=make_mesh(), codec=Pixels(), objective=loss, streams=STREAMS)
   bad = {**params, "mask_token": np.full_like(params["mask_token"], np.nan)}
   said = inspect(parts, batches_from, bad, 12, 3, str(tmp_path))
   path = tmp_path / "nonfinite_step_12.npz"

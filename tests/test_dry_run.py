@@ -20,6 +20,7 @@ from umd.checkpoint import Checkpoints
 from umd.codec import Pixels
 from umd.models import blocks
 from umd.models.autoencoder import AutoEncoder
+from umd.sharding import make_mesh
 from umd.state import TrainState, init_state
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -77,22 +78,22 @@ def test_the_parts_are_those_of_the_model_and_add_up(told):
 
 
 def test_the_bytes_are_those_that_the_state_takes(tmp_path):
-  config = quickstart.get_config(f"{SMALL},fsdp=True").pretrain
+  config = quickstart.get_config(f"{SMALL},fsdp=4").pretrain
   config.optim.mu_dtype = "bfloat16"
   config.evals = {}
   parts = autoencoder.prepare(config, str(tmp_path), str(tmp_path))
   params = random_params(parts.model)  # Drawing them in the state would take long to compile.
-  state = init_state(lambda key: params, parts.tx, jax.random.key(0), parts.mesh, fsdp=True)
+  state = init_state(lambda key: params, parts.tx, jax.random.key(0), parts.mesh)
   shapes = sizes.state(parts)
   whole = sum(x.nbytes for x in jax.tree.leaves(state))
   on_one = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
-  assert sizes.nbytes(shapes) == sizes.nbytes_of_device(shapes, parts.mesh, False) == whole
-  assert sizes.nbytes_of_device(shapes, parts.mesh, True) == on_one < 0.7 * whole
+  assert sizes.nbytes(shapes) == sizes.nbytes_of_device(shapes, make_mesh()) == whole
+  assert sizes.nbytes_of_device(shapes, parts.mesh) == on_one < 0.7 * whole
 
 
-@pytest.mark.parametrize("adaln", [False, True])
+@pytest.mark.parametrize("condition", blocks.CONDITIONS)
 @pytest.mark.parametrize("ratio", [0.0, 0.375, 0.75])
-def test_the_tokens_are_those_that_attend_to_one_another(monkeypatch, adaln, ratio):
+def test_the_tokens_are_those_that_attend_to_one_another(monkeypatch, condition, ratio):
   lengths = []
   honest = blocks.Attention.__call__
 
@@ -101,7 +102,7 @@ def test_the_tokens_are_those_that_attend_to_one_another(monkeypatch, adaln, rat
     return honest(self, x)
 
   monkeypatch.setattr(blocks.Attention, "__call__", counting)
-  model = AutoEncoder("nano/4", (16, 16, 3), adaln=adaln)
+  model = AutoEncoder("nano/4", (16, 16, 3), condition=condition)
   images, t = jnp.zeros((2, 16, 16, 3)), jnp.zeros(2, jnp.int32)
   params = jax.eval_shape(model.init, jax.random.key(0), images, t)
   lengths.clear()

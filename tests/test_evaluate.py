@@ -105,7 +105,7 @@ def test_weights_are_the_average_or_the_raw_ones_as_asked(trained, tmp_path):
   [
     (",variant=:B/4", "variant='B/4', there 'nano/2'"),
     (",size=64", "size=64, there 8"),
-    (",adaln=True", "adaln=True, there False"),
+    (",adaln=True", "adaln='true', there 'false'"),
     (",latent_diffusion=True", "latent_diffusion=True, there False"),
   ],
 )
@@ -147,7 +147,7 @@ def test_an_evaluation_can_be_planned_before_its_run_is_trained(tmp_path):
 
 def test_the_model_is_the_one_that_was_trained(trained):
   run = runs.open_run(str(trained[0] / "pretrain"))
-  about = run.model.variant, run.model.image_size, run.model.num_classes, run.model.adaln
-  assert about == ("nano/2", (8, 8, 1), 10, False)
+  about = run.model.variant, run.model.image_size, run.model.num_classes, run.model.condition
+  assert about == ("nano/2", (8, 8, 1), 10, "token")
   assert [s.name for s in run.streams] == ["clean", "noised"]
   assert run.inference.path.timesteps == 1000

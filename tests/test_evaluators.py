@@ -80,7 +80,8 @@ def test_numbers_do_not_depend_on_batch_padding_or_devices(values, kind, setting
 def test_parameters_that_are_split_over_the_devices_give_the_same(model_state, values):
   model, state = model_state
   context = make_context(Inference(model, PATH), *SETTINGS["many"])
-  placed = jax.device_put(state.ema_params, state_shardings(state.ema_params, context.mesh, True))
+  mesh = make_mesh(context.mesh.devices, fsdp=0)
+  placed = jax.device_put(state.ema_params, state_shardings(state.ema_params, mesh))
   assert not all(x.sharding.is_fully_replicated for x in jax.tree.leaves(placed))
   evaluator = reconstruction.Evaluator(context, **DIGITS, mask_ratio=0.75)
   found = dict(evaluator(types.SimpleNamespace(ema_params=placed)))["masked_mse"]
@@ -97,7 +98,7 @@ def test_losses_are_yielded_for_both_weights_and_all_terms(values):
 
 def test_losses_score_each_image_at_a_noise_level_of_the_bin(monkeypatch):
   """Instead of an error, `score` gives the timestep: its mean tells which were drawn."""
-  monkeypatch.setattr(losses, "score", lambda *args: {"t": args[6].astype(jnp.float32)})
+  monkeypatch.setattr(losses, "score", lambda *args: [{"t": args[4][0].t.astype(jnp.float32)}])
   model = types.SimpleNamespace(image_size=(8, 8, 1), num_classes=0, tokens=16)
   streams = (Stream("n", {}, timesteps="uniform"), Stream("c", {}, timesteps="clean"))
   context = make_context(types.SimpleNamespace(model=model, path=PATH), streams=streams)
@@ -127,7 +128,7 @@ def passes(monkeypatch):
 @pytest.fixture
 def brightness(monkeypatch):
   """A losses evaluator for which the error of an image is its mean pixel."""
-  score = lambda model, path, stream, params, images, *rest: {"mean": images.mean((1, 2, 3))}
+  score = lambda model, path, streams, params, draws: [{"mean": draws[0].x0.mean((1, 2, 3))}]
   monkeypatch.setattr(losses, "score", score)
   model = types.SimpleNamespace(image_size=(8, 8, 1), num_classes=0, tokens=16)
   context = make_context(types.SimpleNamespace(model=model, path=PATH), batch_size=32)

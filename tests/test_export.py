@@ -114,7 +114,7 @@ def test_a_damaged_file_is_not_loaded(exported, tmp_path):
     ("file", "is a file. Give the name of a folder"),
     ("thesis", "holds something else (thesis.tex)"),
     ("run", "holds something else"),
-    ("other model", "holds another model, which differs in model.adaln"),
+    ("other model", "holds another model, which differs in model.condition"),
     ("no run", "there is no such folder"),
     ("exported", "was exported already"),
   ],
@@ -131,7 +131,7 @@ def test_what_is_not_to_be_overwritten_is_left(run, exported, tmp_path, capsys, 
   elif case == "other model":
     shutil.copytree(exported, out)
     about = workdir.read_json(str(out / "config.json"))
-    about["model"]["adaln"] = False
+    about["model"]["condition"] = "token"
     workdir.write_json(str(out / "config.json"), about)
   else:
     source = exported if case == "exported" else str(tmp_path / "nothing")

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from stand_ins import Function
 
 from umd.checkpoint import Checkpoints
 from umd.guard import Guard, init_guard
@@ -13,7 +14,7 @@ from umd.sharding import make_mesh, put_batch
 from umd.state import ema_decay_at, init_state, make_train_step
 
 LEARNT = ("params", "ema_params", "opt_state")
-PLACES = {"one device": (1, False), "four": (4, False), "four, split": (4, True)}
+PLACES = {"one device": (1, 1), "four": (4, 1), "four, split": (4, 4)}
 GOOD = [{"slope": slope, "root": 1.0} for slope in (1.0, -2.0, 0.5, 3.0)]
 BAD = {
   "NaN in the data": {"slope": np.nan, "root": 1.0},
@@ -41,13 +42,13 @@ class Run:
 
   def __init__(self, place, loss=loss, **guard):
     devices, fsdp = PLACES[place]
-    self.mesh = make_mesh(jax.devices()[:devices])
+    self.mesh = make_mesh(jax.devices()[:devices], fsdp)
     schedule = make_schedule(0.1, 50, 0.1)
     tx = make_optimizer(schedule, wd=0.1, beta1=0.9, beta2=0.95, clip_norm=1.0, mu_dtype="bfloat16")
     init = lambda key: {"kernel": jax.random.normal(key, (64, 64)), "bias": jnp.ones(3)}
-    self.state = init_state(init, tx, jax.random.key(0), self.mesh, fsdp)
+    self.state = init_state(init, tx, jax.random.key(0), self.mesh)
     self.step = make_train_step(
-      loss, tx, schedule, ema_decay=0.9, seed=0, state=self.state, guard=Guard(**guard)
+      Function(loss), tx, schedule, ema_decay=0.9, seed=0, state=self.state, guard=Guard(**guard)
     )
 
   def train(self, batches):
@@ -221,7 +222,9 @@ def test_a_guarded_step_is_bit_for_bit_the_plain_one():
   mesh = make_mesh(jax.devices()[:1])
   state = init_state(init, tx, jax.random.key(0), mesh)
   expected = [jax.tree.map(jnp.copy, getattr(state, name)) for name in LEARNT]
-  guarded = make_train_step(loss, tx, lambda step: 0.1, ema_decay=0.9, seed=0, state=state)
+  guarded = make_train_step(
+    Function(loss), tx, lambda step: 0.1, ema_decay=0.9, seed=0, state=state
+  )
   plain = jax.jit(plain, donate_argnums=(0, 1, 2))
   for step, batch in enumerate(GOOD):
     state, _ = guarded(state, rows(batch, mesh))

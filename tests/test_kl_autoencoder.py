@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import vae_tiny
-from trainers import kl_autoencoder, stages
+from trainers import kl_autoencoder, stages, step
 from umd import data, kl_objective, vae_weights
 from umd.metrics import read_jsonl
 from umd.models.vae import Architecture, KLAutoEncoder
@@ -75,8 +75,8 @@ class Known:
 @pytest.mark.parametrize("error, expected", [("l1", 3.0), ("l2", 9.0)])
 def test_the_loss_weighs_sums_over_values_and_latents(error, expected):
   model, images = Known(), jnp.zeros((4, 6, 8, 3))
-  loss = kl_objective.make_loss(model, error=error, kl_weight=0.1)
-  total, values = loss(-3.0, {"image": images}, jax.random.key(0))
+  objective = kl_objective.KLObjective(model, error=error, kl_weight=0.1)
+  total, values = objective(-3.0, objective.draw({"image": images}, jax.random.key(0)))
   # 3 x 4 x 5 latents of 6 x 8 x 3 values.
   kl = 0.5 * (4 + 0.25 - 1 + np.log(4.0)) * 60 / 144
   assert values["reconstruction"] == pytest.approx(expected)
@@ -100,7 +100,7 @@ def test_every_latent_of_every_example_and_step_has_noise_of_its_own():
 
 def test_an_unknown_error_is_told_with_the_known_ones():
   with pytest.raises(ValueError, match=r"objective.error='lpips' is not one of \['l1', 'l2'\]"):
-    kl_objective.make_loss(Known(), error="lpips", kl_weight=0.0)
+    kl_objective.KLObjective(Known(), error="lpips", kl_weight=0.0)
 
 
 # A run.
@@ -120,8 +120,9 @@ def programs():
     )
 
   with pytest.MonkeyPatch.context() as patch:
-    for name in ("make_train_step", "make_moments", "Reconstruction"):
+    for name in ("make_moments", "Reconstruction"):
       patch.setattr(kl_autoencoder, name, once(getattr(kl_autoencoder, name)))
+    patch.setattr(step, "make_step", once(step.make_step))
     yield first
 
 

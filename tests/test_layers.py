@@ -17,10 +17,18 @@ FILES = sorted(
 )
 IDS = [str(file) for file in FILES]
 OURS = {"umd", "evaluators", "trainers", "configs", "train", "sample", "tools", "benchmarks"}
-PURE = {"umd.paths", "umd.masking"}
+PURE = {"umd.paths", "umd.masking", "umd.placement", "umd.rows"}
 TOOLBOX = {"umd.state", "umd.optim", "umd.sharding", "umd.checkpoint", "umd.metrics", "umd.fid"}
 TOOLBOX |= {"umd.workdir", "umd.progress", "umd.checksums", "umd.recovery", "umd.retention"}
-TOOLBOX |= {"umd.guard", "umd.goodput", "umd.lock", "umd.preemption", "umd.coordination"}
+TOOLBOX |= {
+  "umd.placement",
+  "umd.rows",
+  "umd.guard",
+  "umd.goodput",
+  "umd.lock",
+  "umd.preemption",
+  "umd.coordination",
+}
 ALONE = {"umd.probe", "umd.distributed", "umd.quantize", "umd.torch_pickle", "umd.pairwise"}
 ALONE |= {"umd.inputs"}
 

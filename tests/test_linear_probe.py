@@ -182,7 +182,7 @@ def prepare(config, encoder, workdir):
   [
     (",width=768", "width=768, there 32"),
     (",variant=B/4", "variant='B/4', there 'nano/2'"),
-    (",adaln=False", "adaln=False, there True"),
+    (",adaln=False", "adaln='false', there 'true'"),
     (",size=64", "size=64, there 8"),
     (",latent_diffusion=True", "latent_diffusion=True, there False"),
   ],

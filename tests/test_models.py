@@ -9,6 +9,7 @@ import pytest
 
 from umd.masking import mask_from_noise
 from umd.models.autoencoder import AutoEncoder
+from umd.models.blocks import CONDITIONS, REMAT
 
 BATCH, TOKENS, KEEP = 2, 16, 6
 MASK = mask_from_noise(jax.random.uniform(jax.random.key(0), (BATCH, TOKENS)), KEEP)
@@ -38,11 +39,11 @@ def distance(a, b):
     ("S/4", (64, 64, 3), {}, 43.7),
     ("B/4", (64, 64, 3), {}, 174.2),
     ("B/4", (64, 64, 3), {"num_classes": 1000}, 177.3),
-    ("B/4", (64, 64, 3), {"adaln": False}, 116.3),
+    ("B/4", (64, 64, 3), {"condition": "token"}, 116.3),
     ("L/2", (32, 32, 4), {}, 611.5),
     ("L/2", (32, 32, 4), {"num_classes": 1000}, 616.7),
     ("L/16", (256, 256, 3), {}, 613.8),
-    ("L/16", (256, 256, 3), {"adaln": False}, 410.2),
+    ("L/16", (256, 256, 3), {"condition": "token"}, 410.2),
   ],
 )
 def test_parameter_counts_are_the_published_ones(variant, size, attributes, millions):
@@ -95,13 +96,14 @@ def loss_and_gradient(nano):
   return run
 
 
-@pytest.mark.parametrize("scan, remat", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("remat", REMAT)
+@pytest.mark.parametrize("scan", [False, True])
 def test_scan_and_remat_change_neither_loss_nor_gradient(loss_and_gradient, scan, remat):
   want, want_gradient, _ = loss_and_gradient()
   got, gradient, program = loss_and_gradient(scan=scan, remat=remat)
   np.testing.assert_allclose(got, want, rtol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-3, 1e-4), gradient, want_gradient)
-  assert ("remat" in program) == remat
+  assert ("remat" in program) == (remat != "none")
 
 
 def test_the_encoder_sees_kept_patches_and_no_others(nano):
@@ -120,9 +122,9 @@ def test_the_encoder_sees_kept_patches_and_no_others(nano):
     assert changed.all() if kept else np.array_equal(after, before)
 
 
-@pytest.mark.parametrize("adaln", [True, False])
-def test_keeping_every_patch_in_any_order_equals_no_mask(nano, adaln):
-  model, params = nano(adaln=adaln)
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_keeping_every_patch_in_any_order_equals_no_mask(nano, condition):
+  model, params = nano(condition=condition)
   everything = mask_from_noise(jax.random.uniform(jax.random.key(1), (BATCH, TOKENS)), TOKENS)
   assert not np.array_equal(everything.keep[0], np.arange(TOKENS))
   assert distance(apply(model, params, mask=everything), apply(model, params)) < 1e-4
@@ -144,10 +146,10 @@ def test_the_order_of_kept_patches_does_not_matter(nano):
   assert distance(apply(model, params, mask=same), apply(model, params, mask=MASK)) < 1e-4
 
 
-@pytest.mark.parametrize("adaln", [True, False])
+@pytest.mark.parametrize("condition", CONDITIONS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_timesteps_999_and_1000_are_told_apart(nano, adaln, dtype):
-  model, params = nano(adaln=adaln, dtype=dtype)
+def test_timesteps_999_and_1000_are_told_apart(nano, condition, dtype):
+  model, params = nano(condition=condition, dtype=dtype)
   late, later = (apply(model, params, t=jnp.full(BATCH, t)) for t in (999, 1000))
   assert distance(late, later) > 0.02
 
@@ -173,9 +175,9 @@ def test_channels_of_a_pixel_are_head_after_head(nano):
   np.testing.assert_array_equal(out, np.broadcast_to(want, out.shape))
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["adaln", "token"])
+@pytest.fixture(scope="module", params=list(CONDITIONS))
 def initial(request):
-  model = AutoEncoder("nano/4", (16, 16, 3), num_classes=10, adaln=request.param, scan=True)
+  model = AutoEncoder("nano/4", (16, 16, 3), num_classes=10, condition=request.param, scan=True)
   return model, jax.jit(model.init)(jax.random.key(0), IMAGES, TIMES)["params"]
 
 
@@ -185,8 +187,8 @@ def test_at_initialisation_only_adaln_ignores_the_condition(initial):
     np.asarray(apply(model, params, t=jnp.full(BATCH, t), labels=jnp.full(BATCH, label)))
     for t, label in [(0, 1), (0, 2), (500, 1)]
   )
-  assert np.array_equal(first, other_label) == model.adaln
-  assert np.array_equal(first, other_time) == model.adaln
+  assert np.array_equal(first, other_label) == (model.condition != "token")
+  assert np.array_equal(first, other_time) == (model.condition != "token")
   assert np.abs(first).mean() > 1e-2
 
 

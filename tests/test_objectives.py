@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from scipy import stats
+from stand_ins import at_once
 
 from umd import objectives
 from umd.masking import Mask
@@ -88,9 +89,9 @@ def oracle(model, params, path, method, data, key, drop):
 @pytest.mark.parametrize("name", METHODS)
 def test_loss_is_the_one_computed_by_loops(nano, name):
   (model, params), path = nano(num_classes=CLASSES), make_path("cosine", 100)
-  loss = objectives.make_loss(model, path, METHODS[name], BATCH, label_drop_prob=0.5)
+  loss = objectives.Objective(model, path, METHODS[name], BATCH, label_drop_prob=0.5)
   key, data = jax.random.key(3), batch()
-  got, metrics = jax.jit(loss)(params, data, key)
+  got, metrics = jax.jit(at_once(loss))(params, data, key)
   want = oracle(model, params, path, METHODS[name], data, key, 0.5)
   np.testing.assert_allclose(got, want, rtol=1e-4)
   assert set(metrics) == {f"{s.name}/{term}" for s in METHODS[name] for term in s.terms}
@@ -102,9 +103,10 @@ def spy(**attributes):
 
   class Spy(AutoEncoder):
     @nn.nowrap
-    def apply(self, variables, images, t, labels, mask):
-      calls.append({"images": images, "t": t, "labels": labels, "mask": mask})
-      return {h: variables["params"][h][: len(images)] for h in self.heads}
+    def apply(self, variables, inputs, groups, method):
+      calls.extend(x._asdict() for x in inputs)
+      params = variables["params"]
+      return [{h: params[h][: len(x.images)] for h in self.heads} for x in inputs]
 
   return Spy("nano/4", (16, 16, 3), **attributes), calls
 
@@ -120,8 +122,8 @@ def predictions(size):
 def test_gradient_reaches_scored_tokens_of_the_head_and_no_others(where, head):
   model, calls = spy()
   stream = Stream("noised", {"it": Term(head, where)}, mask_ratio=0.375)
-  loss = objectives.make_loss(model, make_path("flow", 10), [stream], 4)
-  gradient = jax.grad(lambda *a: loss(*a)[0])(predictions(4), batch(4), jax.random.key(0))
+  loss = objectives.Objective(model, make_path("flow", 10), [stream], 4)
+  gradient = jax.grad(lambda *a: at_once(loss)(*a)[0])(predictions(4), batch(4), jax.random.key(0))
   masked = np.asarray(calls[-1]["mask"].masked) == 1
   scored = {"all": masked | True, "visible": ~masked, "masked": masked}[where]
   reached = {h: (np.abs(g) > 0).all(axis=-1) for h, g in gradient.items()}
@@ -132,8 +134,8 @@ def test_gradient_reaches_scored_tokens_of_the_head_and_no_others(where, head):
 @pytest.mark.parametrize("share, realised", [(0.3, 5 / 16), (0.05, 1 / 16)])
 def test_streams_count_by_their_realised_share_of_rows(share, realised):
   model, calls = spy()
-  loss = objectives.make_loss(model, make_path("cosine", 10), halves(share), BATCH)
-  total, m = loss(predictions(BATCH), batch(), jax.random.key(0))
+  loss = objectives.Objective(model, make_path("cosine", 10), halves(share), BATCH)
+  total, m = at_once(loss)(predictions(BATCH), batch(), jax.random.key(0))
   assert [len(c["images"]) for c in calls] == [BATCH * realised, BATCH * (1 - realised)]
   clean, noised = m["clean/x0"], (m["noised/eps"] + m["noised/x0"]) / 2
   np.testing.assert_allclose(total, realised * clean + (1 - realised) * noised, rtol=1e-6)
@@ -142,8 +144,8 @@ def test_streams_count_by_their_realised_share_of_rows(share, realised):
 def test_timesteps_cover_1_to_T_evenly_and_clean_is_0():
   model, calls = spy()
   streams = [Stream("noised", {"x0": Term("x0")}), Stream("clean", MAE, (0.0, 1.0), "clean", 0.75)]
-  loss = objectives.make_loss(model, make_path("flow", 7), streams, 2048)
-  loss(predictions(2048), batch(2048), jax.random.key(0))
+  loss = objectives.Objective(model, make_path("flow", 7), streams, 2048)
+  at_once(loss)(predictions(2048), batch(2048), jax.random.key(0))
   counts = np.bincount(calls[0]["t"], minlength=8)
   assert counts[0] == 0 and len(counts) == 8
   assert stats.chisquare(counts[1:]).pvalue > 1e-3
@@ -162,9 +164,9 @@ def test_uniform_timesteps_end_at_1_and_T(timesteps):
 @pytest.mark.parametrize("drop", [0.0, 0.1, 1.0])
 def test_labels_drop_at_the_given_rate_and_stay_with_their_images(drop):
   model, calls = spy(num_classes=CLASSES)
-  loss = objectives.make_loss(model, make_path("flow", 7), halves(0.5, labels=True), 2048, drop)
+  loss = objectives.Objective(model, make_path("flow", 7), halves(0.5, labels=True), 2048, drop)
   data = batch(2048)
-  loss(predictions(2048), data, jax.random.key(0))
+  at_once(loss)(predictions(2048), data, jax.random.key(0))
   for i, call in enumerate(calls):
     shown, labels = np.asarray(call["labels"]), np.asarray(data["label"])[i::2]
     null = shown == CLASSES
@@ -176,8 +178,8 @@ def test_labels_drop_at_the_given_rate_and_stay_with_their_images(drop):
 def test_no_labels_are_shown_without_classes_or_where_a_stream_wants_none(classes, labels):
   model, calls = spy(num_classes=classes)
   stream = Stream("clean", MAE, timesteps="clean", mask_ratio=0.75, labels=labels)
-  loss = objectives.make_loss(model, make_path("flow", 7), [stream], 4)
-  loss(predictions(4), batch(4), jax.random.key(0))
+  loss = objectives.Objective(model, make_path("flow", 7), [stream], 4)
+  at_once(loss)(predictions(4), batch(4), jax.random.key(0))
   assert calls[0]["labels"] is None
 
 
@@ -227,13 +229,13 @@ def test_rows_stay_on_their_device_and_are_the_same_on_one(share):
 
 def test_sharded_loss_moves_no_images_and_is_the_same(nano):
   (model, params), path = nano(num_classes=CLASSES, scan=True), make_path("cosine", 100)
-  loss = objectives.make_loss(model, path, METHODS["umd"], BATCH, label_drop_prob=0.1)
-  key, step = jax.random.key(0), jax.jit(jax.value_and_grad(loss, has_aux=True))
+  loss = objectives.Objective(model, path, METHODS["umd"], BATCH, label_drop_prob=0.1)
+  key, step = jax.random.key(0), jax.jit(jax.value_and_grad(at_once(loss), has_aux=True))
   program = step.lower(params, spread(batch(), 4), key).compile()
   text = program.as_text()
   moves = r"\b(collective-permute|all-to-all|all-gather|collective-broadcast)"
   assert "all-reduce" in text and not re.findall(moves, text)
-  alone, metrics = jax.jit(loss)(params, spread(batch(), 1), key)
+  alone, metrics = jax.jit(at_once(loss))(params, spread(batch(), 1), key)
   (shared, shared_metrics), _ = program(params, spread(batch(), 4), key)
   np.testing.assert_allclose(shared, alone, rtol=1e-5)
   for name, value in metrics.items():
@@ -265,11 +267,11 @@ def one(head="x0", where="all", **stream):
 def test_a_method_that_cannot_be_is_refused_at_once(streams, message):
   model = AutoEncoder("nano/4", (16, 16, 3))
   with pytest.raises(ValueError, match=message):
-    objectives.make_loss(model, make_path("cosine", 10), streams, 8)
+    objectives.Objective(model, make_path("cosine", 10), streams, 8)
 
 
 def test_a_head_that_the_path_does_not_know_is_refused_at_once():
   model = AutoEncoder("nano/4", (16, 16, 3), heads=("x0", "score"))
   for timesteps in ("uniform", "clean"):
     with pytest.raises(ValueError, match="'score'"):
-      objectives.make_loss(model, make_path("cosine", 10), one("score", timesteps=timesteps), 8)
+      objectives.Objective(model, make_path("cosine", 10), one("score", timesteps=timesteps), 8)

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from stand_ins import Function
 
 from umd.models.autoencoder import AutoEncoder
-from umd.objectives import Stream, Term, make_loss
+from umd.objectives import Objective, Stream, Term
 from umd.optim import decay_mask, make_optimizer, make_schedule
 from umd.paths import make_path
-from umd.sharding import make_mesh, put_batch
+from umd.sharding import check_accumulates, make_mesh, put_batch
 from umd.state import ema_decay_at, init_state, make_train_step
 
 LR, WD, BETA1, BETA2, CLIP = 0.01, 0.1, 0.9, 0.95, 1.0
@@ -27,7 +28,7 @@ def toy_run(gradients, tx, schedule=lambda step: LR, ema_decay=0.9):
 
   init = lambda key: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), START)
   state = init_state(init, tx, jax.random.key(0), mesh)
-  step = make_train_step(loss, tx, schedule, ema_decay=ema_decay, seed=0, state=state)
+  step = make_train_step(Function(loss), tx, schedule, ema_decay=ema_decay, seed=0, state=state)
   history = []
   for g in gradients:
     batch = {k: np.tile(np.float32(g[k]), (mesh.size, 1)) for k in START}
@@ -130,12 +131,12 @@ def test_a_warm_up_that_is_no_share_of_the_run_is_an_error(warmup):
     make_schedule(LR, 100, warmup)
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.parametrize("fsdp", [1, 4])
 def test_parameters_and_average_do_not_share_memory(fsdp):
   """The step is given both to overwrite, and a buffer can be given only once."""
   shapes = {"kernel": (64, 96), "bias": (3,)}
   init = lambda key: {k: jnp.ones(shape) for k, shape in shapes.items()}
-  state = init_state(init, adamw(), jax.random.key(0), make_mesh(), fsdp)
+  state = init_state(init, adamw(), jax.random.key(0), make_mesh(fsdp=fsdp))
   pointers = [
     shard.data.unsafe_buffer_pointer()
     for leaf in jax.tree.leaves((state.params, state.ema_params))
@@ -143,6 +144,9 @@ def test_parameters_and_average_do_not_share_memory(fsdp):
   ]
   assert len(pointers) == len(set(pointers)) == 2 * 2 * jax.device_count()
   jax.tree.map(np.testing.assert_array_equal, state.ema_params, state.params)
+
+
+PLACES = [(1, 1), (4, 1), (4, 4), (4, 2)]  # devices, and how many share a copy of the parameters
 
 
 @pytest.fixture(scope="module")
@@ -154,38 +158,38 @@ def trained():
     Stream("clean", {"x0": Term("x0", "masked")}, (0.0, 0.5), "clean", 0.75, False),
     Stream("noised", half, (0.5, 1.0), "uniform", 0.5),
   )
-  loss, tx = make_loss(model, make_path("cosine", 10), streams, 16), optax.sgd(0.2, momentum=0.9)
+  loss, tx = Objective(model, make_path("cosine", 10), streams, 16), optax.sgd(0.2, momentum=0.9)
   images = np.random.default_rng(0).uniform(-1, 1, (3, 16, 8, 8, 1)).astype(np.float32)
   blank = jnp.zeros((1, 8, 8, 1)), jnp.zeros(1, jnp.int32)
   params = jax.device_get(jax.jit(model.init)(jax.random.key(0), *blank))["params"]
   init = lambda key: jax.tree.map(jnp.asarray, params)
   runs = {}
-  for devices, fsdp in ((1, False), (4, False), (4, True)):
-    mesh = make_mesh(jax.devices()[:devices])
-    state = init_state(init, tx, jax.random.key(0), mesh, fsdp)
+  for devices, fsdp in PLACES:
+    mesh = make_mesh(jax.devices()[:devices], fsdp)
+    state = init_state(init, tx, jax.random.key(0), mesh)
     step = make_train_step(loss, tx, lambda step: 0.1, ema_decay=0.9, seed=0, state=state)
     history = [jax.device_get((state, {}))]
     for x in images:
       state, metrics = step(state, put_batch({"image": x}, mesh))
       history.append(jax.device_get((state, metrics)))
     split = {leaf.shape for leaf in jax.tree.leaves(state) if not leaf.is_fully_replicated}
-    assert bool(split) == fsdp
+    assert bool(split) == (fsdp > 1)
     runs[devices, fsdp] = history
   return runs
 
 
-@pytest.mark.parametrize("other", [(4, False), (4, True)], ids=["whole", "split"])
+@pytest.mark.parametrize("other", PLACES[1:], ids=str)
 def test_a_step_on_one_device_is_the_step_on_four(trained, other):
-  for one, four in zip(trained[1, False], trained[other], strict=True):
+  for one, four in zip(trained[1, 1], trained[other], strict=True):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), one, four)
   # Otherwise the comparison would be of two runs that stood still.
-  first, last = trained[1, False][0][0], trained[1, False][-1][0]
+  first, last = trained[1, 1][0][0], trained[1, 1][-1][0]
   assert np.abs(first.params["head"]["kernel"] - last.params["head"]["kernel"]).max() > 0.01
 
 
 def test_class_tokens_differ_from_one_another_after_training(trained):
   """Drawn equal they would stay equal for ever, and be one token at the price of four."""
-  tokens = trained[4, False][-1][0].params["class_tokens"]
+  tokens = trained[4, 1][-1][0].params["class_tokens"]
   gaps = [np.abs(a - b).max() for i, a in enumerate(tokens) for b in tokens[:i]]
   assert len(gaps) == 6
   assert min(gaps) > 0.01
@@ -193,7 +197,7 @@ def test_class_tokens_differ_from_one_another_after_training(trained):
 
 def test_every_step_draws_its_own_randomness_from_seed_and_step():
   mesh, tx = make_mesh(), optax.sgd(0.0)
-  loss = lambda params, batch, key: (params["w"].sum() + jax.random.normal(key), {})
+  loss = Function(lambda params, batch, key: (params["w"].sum() + jax.random.normal(key), {}))
   init = lambda key: {"w": jnp.zeros(2)}
   batch = put_batch({"x": np.zeros(mesh.size, np.float32)}, mesh)
   draws = {}
@@ -209,3 +213,48 @@ def test_every_step_draws_its_own_randomness_from_seed_and_step():
       again, metrics = step(again.replace(ema_params={"w": jnp.ones(2)}), batch)
       assert float(metrics["loss"]) == pytest.approx(2 + draws[seed, n])
   assert len(set(draws.values())) == 6
+
+
+@pytest.mark.parametrize("devices, fsdp", [(1, 1), (4, 2)])
+def test_micro_batches_make_the_gradient_of_the_whole_batch(nano, devices, fsdp):
+  """What is random is drawn first: the steps differ by their rounding only."""
+  model, params = nano(image_size=(8, 8, 1), num_classes=3)
+  half = {"eps": Term("eps", "visible", 0.5), "x0": Term("x0", "masked", 0.5)}
+  streams = (
+    Stream("clean", {"x0": Term("x0", "masked")}, (0.0, 0.5), "clean", 0.75, False),
+    Stream("noised", half, (0.5, 1.0), "uniform", 0.5),
+  )
+  objective = Objective(model, make_path("cosine", 10), streams, 16, 0.5)
+  mesh, tx = make_mesh(jax.devices()[:devices], fsdp), optax.sgd(1.0)
+  images = np.random.default_rng(0).uniform(-1, 1, (16, 8, 8, 1)).astype(np.float32)
+  batch = put_batch({"image": images, "label": np.arange(16, dtype=np.int32) % 3}, mesh)
+  found = []
+  for accumulate in (1, 2):
+    state = init_state(lambda key: params, tx, jax.random.key(0), mesh)
+    step = make_train_step(
+      objective,
+      tx,
+      lambda step: 1.0,
+      ema_decay=0.9,
+      seed=0,
+      state=state,
+      accumulate=accumulate,
+    )
+    state, metrics = step(state, batch)
+    found.append(jax.device_get((state.params, metrics)))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), *found)
+  assert np.abs(found[0][0]["head"]["kernel"] - params["head"]["kernel"]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+  "accumulate, batch_size, period, fine",
+  [(1, 4, 16, True), (2, 16, 2, True), (2, 8, 2, False), (3, 32, 1, False), (3, 12, 1, True)],
+)
+def test_micro_batches_that_are_no_whole_patterns_are_refused(accumulate, batch_size, period, fine):
+  if fine:
+    check_accumulates(accumulate, batch_size, period, make_mesh())
+    return
+  with pytest.raises(
+    ValueError, match=rf"accumulate={accumulate}: each device has {batch_size // 4} "
+  ):
+    check_accumulates(accumulate, batch_size, period, make_mesh())

@@ -4,13 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import common
 from trainers import methods
 from umd import data, objectives
 from umd.paths import make_path
-from umd.sharding import make_mesh
+from umd.sharding import batch_sharding, make_mesh
 
 BATCH = 64
 
@@ -20,9 +19,9 @@ def seen(monkeypatch):
   """What every stream of a loss is scored on: images, labels, timesteps, noise, masks' noise."""
   found = []
 
-  def score(model, path, stream, params, x0, labels, t, eps, mask_noise):
-    found.append({"image": x0, "t": t, "eps": eps, "mask": mask_noise, "label": labels})
-    return {name: jnp.zeros(len(x0)) for name in stream.terms}
+  def score(model, path, streams, params, draws):
+    found.extend(draw._asdict() for draw in draws)
+    return [dict.fromkeys(stream.terms, jnp.zeros(1)) for stream in streams]
 
   monkeypatch.setattr(objectives, "score", score)
   return found
@@ -37,17 +36,17 @@ def test_examples_timesteps_noise_and_masks_are_the_same_on_any_number_of_device
   streams = methods.make_streams(
     common.streams(a.no_noise_prob, a.mask_ratio, a.mask_ratio_no_noise)
   )
-  loss = objectives.make_loss(model, make_path("cosine", 1000), streams, BATCH, 0.1)
+  loss = objectives.Objective(model, make_path("cosine", 1000), streams, BATCH, 0.1)
   batch = next(data.train_batches(data.load("digits", "train"), BATCH, seed=3))
 
   @jax.jit
   def draw(batch, step):
     seen.clear()
-    loss({}, batch, jax.random.fold_in(jax.random.key(3), step))
+    loss({}, loss.draw(batch, jax.random.fold_in(jax.random.key(3), step)))
     return list(seen)
 
   def on(devices, step):
-    split = NamedSharding(make_mesh(jax.devices()[:devices]), PartitionSpec("data"))
+    split = batch_sharding(make_mesh(jax.devices()[:devices]))
     return jax.device_get(draw(jax.device_put(batch, split), step))
 
   one = on(1, 5)
@@ -56,5 +55,5 @@ def test_examples_timesteps_noise_and_masks_are_the_same_on_any_number_of_device
     jax.tree.map(np.testing.assert_array_equal, on(devices, 5), one)
   other = on(1, 6)  # Another step draws afresh, from the same images.
   for a, b in zip(one, other, strict=True):
-    np.testing.assert_array_equal(a["image"], b["image"])
-    assert not (a["eps"] == b["eps"]).any() and not (a["mask"] == b["mask"]).any()
+    np.testing.assert_array_equal(a["x0"], b["x0"])
+    assert not (a["eps"] == b["eps"]).any() and not (a["mask_noise"] == b["mask_noise"]).any()

@@ -25,12 +25,12 @@ def filled(value, **shapes):
   return {k: {"kernel": np.full(s, value, np.float32)} for k, s in shapes.items()}
 
 
-def fresh_state(params, fsdp=False):
+def fresh_state(params, fsdp=1):
   init = lambda key: jax.tree.map(jnp.asarray, params)
-  return init_state(init, optax.adam(0.1), jax.random.key(0), make_mesh(), fsdp)
+  return init_state(init, optax.adam(0.1), jax.random.key(0), make_mesh(fsdp=fsdp))
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.parametrize("fsdp", [1, 4])
 def test_adopt_takes_all_but_the_fresh_subtrees(fsdp):
   state = fresh_state(filled(1.0, body=(64, 96), head=(3,)), fsdp)
   drawn = np.random.default_rng(0).standard_normal((64, 96)).astype(np.float32)
@@ -44,7 +44,7 @@ def test_adopt_takes_all_but_the_fresh_subtrees(fsdp):
   assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), adopted.opt_state, state.opt_state))
   for new, old in zip(jax.tree.leaves(adopted), jax.tree.leaves(state), strict=True):
     assert new.sharding == old.sharding and new.dtype == old.dtype
-  assert adopted.params["body"]["kernel"].is_fully_replicated != fsdp
+  assert adopted.params["body"]["kernel"].is_fully_replicated == (fsdp == 1)
 
 
 def test_adopted_parameters_average_and_source_share_no_memory():
@@ -215,7 +215,7 @@ def test_labels_start_afresh_and_another_architecture_is_refused(earlier, start,
   np.testing.assert_array_equal(state.params["pos_embed"], source["pos_embed"])
   with pytest.raises(ValueError, match=r"label_embed/.*there absent"):
     start(settings=labelled)
-  model, _ = nano("nano/2", (8, 8, 1), adaln=False)
+  model, _ = nano("nano/2", (8, 8, 1), condition="token")
   shapes = jax.eval_shape(autoencoder.init_params(model), jax.random.key(0))
   with pytest.raises(ValueError, match=r"(?s)init_from: .*head_adaln/kernel: here absent"):
     runs.check_fits(str(path), shapes, ())

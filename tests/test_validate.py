@@ -27,7 +27,7 @@ MORE = {
   "ae_i1k": ["finetune=True,use_labels=True", "use_labels=True,steps=9000", "save_ckpt=False"],
   "eval_ae_i1k": ["noised_pred=True,variant=B/4", "cfg_scale=2", "sample_fid=False"],
   "ae_i1k_lp": ["steps=9,use_noised_pred=False", "width=768,adaln=True"],
-  "i1k_64": ["sample_fid=False,path=flow", "fid_reference=some.npz,fsdp=True"],
+  "i1k_64": ["sample_fid=False,path=flow", "fid_reference=some.npz,fsdp=2"],
   "vae_tiny": [
     "dataset=digits,size=16,latent_channels=3",
     "dataset=tiny_imagenet,size=64,layers=2",
@@ -156,7 +156,7 @@ SPEC = ("pp", "data_dir", "cache", "max_bad")
 OPTIONAL = {
   "checkpoint": ("keep_every", "best"),
   "guard": ("max_skipped", "spike_sigma", "spike_window"),
-  "model": ("adaln", "dtype", "scan", "remat"),
+  "model": ("condition", "dtype", "scan", "remat"),
   "path": ("timesteps",),
   "optim": ("mu_dtype",),
   "streams.*": ("timesteps", "mask_ratio", "labels"),
@@ -394,7 +394,7 @@ def test_what_is_no_stage_is_told_and_stages_may_be_left_out():
     ({"finetune.init_from": "stage:"}, "must be 'stage:NAME'"),
     ({"pretrain.checkpoint.every": 0}, "pretrain.checkpoint.every=0 saves nothing to start from"),
     ({"finetune.model.variant": "nano/4"}, "embed/kernel: here"),
-    ({"finetune.model.adaln": True}, "head_adaln/kernel: here"),
+    ({"finetune.model.condition": "adaln"}, "head_adaln/kernel: here"),
     ({"finetune.init_fresh": ()}, "label_embed/"),
     ({"finetune.use_labels": False, "finetune.label_drop_prob": 0.0}, "are no parts of a model"),
     (
@@ -412,7 +412,7 @@ def test_what_is_no_stage_is_told_and_stages_may_be_left_out():
       },
       "",
     ),
-    ({"finetune.model.remat": True, "finetune.model.dtype": "bfloat16"}, ""),
+    ({"finetune.model.remat": "full", "finetune.model.dtype": "bfloat16"}, ""),
   ],
 )
 def test_stages_start_from_earlier_ones_that_fit(overrides, told):
@@ -478,7 +478,7 @@ def test_every_trainer_has_its_keys():
 
 
 def test_the_parts_of_a_model_are_those_that_it_has():
-  model = AutoEncoder("nano/1", (1, 1, 1), num_classes=1, adaln=True)
+  model = AutoEncoder("nano/1", (1, 1, 1), num_classes=1)
   init = lambda key: model.init(key, jnp.zeros((1, 1, 1, 1)), jnp.zeros(1, jnp.int32))["params"]
   assert set(jax.eval_shape(init, jax.random.key(0))) == set(keys.PARTS)
 

@@ -20,8 +20,9 @@ import optax
 
 from configs import quickstart
 from trainers import autoencoder
+from trainers.step import make_step
 from umd import data, sharding
-from umd.state import init_state, make_train_step
+from umd.state import init_state
 
 FILE = Path(__file__).resolve().parent.parent / "tests/golden/losses.json"
 ACCEPT = (
@@ -52,15 +53,8 @@ def train(method: str) -> dict[str, list[float]]:
   with tempfile.TemporaryDirectory() as empty:
     parts = autoencoder.prepare(config, empty, empty)
   init, key = autoencoder.init_params(parts.model), jax.random.key(config.seed)
-  state = init_state(init, parts.tx, key, parts.mesh, config.fsdp)
-  step = make_train_step(
-    parts.loss,
-    parts.tx,
-    parts.schedule,
-    ema_decay=config.ema_decay,
-    seed=config.seed,
-    state=state,
-  )
+  state = init_state(init, parts.tx, key, parts.mesh)
+  step = make_step(config, parts, state)
   batches = data.train_batches(parts.source, config.batch_size, seed=config.seed)
   history = []
   for _ in range(STEPS):

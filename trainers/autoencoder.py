@@ -1,6 +1,5 @@
 """Trains a masked-diffusion auto-encoder: MAE, UMD, DiT, MaskDiT, as its config's streams say."""
 
-import functools
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,28 +11,32 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import evaluators
-from trainers import logs, methods, nonfinite, runs
-from trainers.loop import Loop, train_batches
+from trainers import logs, methods, runs
+from trainers.loop import Loop
+from trainers.step import Training
 from umd import data, optim, sharding, transfer
 from umd import workdir as folder
 from umd.checkpoint import load_params
-from umd.codec import Codec, encode_batch
+from umd.codec import Codec
 from umd.codec import make as make_codec
-from umd.guard import Guard
 from umd.inference import Inference
 from umd.models.autoencoder import AutoEncoder
-from umd.objectives import Stream, make_loss
+from umd.objectives import Objective, Stream
 from umd.paths import make_path
-from umd.state import init_state, make_train_step
+from umd.state import init_state
 
 # What may change between two starts of one run without making it another run.
-HARMLESS = ("checkpoint", "data.max_bad", "evals", "fsdp", "log_every", "summary", "wandb")
+HARMLESS = (
+  *("accumulate", "checkpoint", "data.max_bad", "evals", "fsdp", "log_every", "model.remat"),
+  *("model.scan", "summary", "wandb"),
+)
 
 
 def make_model(config: ConfigDict, image_size: tuple[int, int, int], num_classes: int):
   """The config's auto-encoder for images (H, W, C), or for latents of that size."""
   num_classes = num_classes if config.use_labels else 0
-  return AutoEncoder(image_size=image_size, num_classes=num_classes, **config.model.to_dict())
+  settings = runs.as_it_runs(config.model.to_dict())
+  return AutoEncoder(image_size=image_size, num_classes=num_classes, **settings)
 
 
 def count_steps(config: ConfigDict, examples: int) -> int:
@@ -54,7 +57,7 @@ class Parts(NamedTuple):
   model: AutoEncoder
   steps: int
   streams: tuple[Stream, ...]
-  loss: Callable
+  objective: Objective
   schedule: Callable
   tx: optax.GradientTransformation
   evaluators: list[evaluators.Scheduled]
@@ -69,7 +72,7 @@ def prepare(config: ConfigDict, workdir: str, cache: str, init_from: str = "") -
     FileNotFoundError: data, the VAE's weights or the run in `init_from` are not there.
   """
   folder.check_same_run(workdir, config.to_dict(), HARMLESS)
-  mesh = sharding.make_mesh()
+  mesh = sharding.make_mesh(fsdp=config.fsdp)
   sharding.check_divides("batch_size", config.batch_size, mesh)
   sharding.check_divides("eval_batch_size", config.eval_batch_size, mesh)
   source = data.load(**config.data.to_dict())
@@ -79,7 +82,8 @@ def prepare(config: ConfigDict, workdir: str, cache: str, init_from: str = "") -
   runs.check_same_vae(workdir, codec.sha256)
   model = make_model(config, codec.source_size("data", source), source.num_classes)
   path, streams = make_path(**config.path.to_dict()), methods.make_streams(config.streams)
-  loss = make_loss(model, path, streams, config.batch_size, config.label_drop_prob)
+  objective = Objective(model, path, streams, config.batch_size, config.label_drop_prob)
+  sharding.check_accumulates(config.accumulate, config.batch_size, objective.period, mesh)
   steps, settings = count_steps(config, len(source)), config.optim.to_dict()
   schedule = optim.make_schedule(settings.pop("lr"), steps, settings.pop("warmup"))
   tx = optim.make_optimizer(schedule, **settings)
@@ -90,7 +94,7 @@ def prepare(config: ConfigDict, workdir: str, cache: str, init_from: str = "") -
     runs.check_same_vae(init_from, codec.sha256)
     shapes = jax.eval_shape(init_params(model), jax.random.key(0))
     runs.check_fits(init_from, shapes, config.init_fresh)
-  return Parts(mesh, source, codec, model, steps, streams, loss, schedule, tx, scheduled)
+  return Parts(mesh, source, codec, model, steps, streams, objective, schedule, tx, scheduled)
 
 
 def init_params(model: AutoEncoder) -> Callable:
@@ -127,23 +131,12 @@ def run(
   """
   say = logs.printer(name)
   parts = prepare(config, workdir, cache, init_from)
-  guard = Guard(**config.guard.to_dict())
   loop = Loop(config, workdir, name)
 
   # State: new, started from another run, or the one that was interrupted.
   key = jax.random.key(config.seed)
-  state = init_state(init_params(parts.model), parts.tx, key, parts.mesh, config.fsdp)
-  step_fn = make_train_step(
-    parts.loss,
-    parts.tx,
-    parts.schedule,
-    ema_decay=config.ema_decay,
-    seed=config.seed,
-    state=state,
-    guard=guard,
-    encode=functools.partial(encode_batch, parts.codec),
-    frozen=parts.codec.params,
-  )
+  state = init_state(init_params(parts.model), parts.tx, key, parts.mesh)
+  training = Training(config, parts, state, workdir)
   state = loop.restore(state)
   if not loop.step and init_from:
     state, init_step = start_from(state, init_from, config, parts.model)
@@ -154,24 +147,13 @@ def run(
     about = runs.describe_model(parts.model, parts.codec, parts.source.class_names)
     folder.write_json(path, about)
 
-  newest = {}  # The state after the last step, for whoever must look into it.
-
-  def step(state, batch):
-    newest["state"], values = step_fn(state, batch)
-    return newest["state"], values
-
-  def inspect(number: int) -> str:
-    batches_from = lambda n: train_batches(parts.source, config.batch_size, config.seed, n)
-    params = newest["state"].params
-    return nonfinite.inspect(parts, batches_from, params, number, config.seed, workdir)
-
   return loop.run(
     state,
-    step,
+    training,
     parts.source,
     parts.evaluators,
     parts.steps,
-    pending=logs.StepMetrics(guard.max_skipped, inspect),
+    pending=logs.StepMetrics(config.guard.max_skipped, training.inspect),
     mesh=parts.mesh,
     wandb_key=wandb_key,
   )

@@ -13,6 +13,7 @@ from trainers import evaluate, kl_autoencoder, linear_probe, logs, runs, sizes, 
 from umd import checkpoint, data, recovery
 from umd import workdir as folder
 from umd.models.autoencoder import AutoEncoder
+from umd.models.blocks import CONDITIONS
 from umd.sharding import make_mesh
 from umd.state import TrainState
 
@@ -51,10 +52,9 @@ def describe(config: ConfigDict, workdir: str | None) -> str:
 
 def _check_starts(plan) -> None:
   """Raises ValueError if a stage goes on from one that only a workdir can hold."""
-  names = [name for name, _, _ in plan]
+  names = [runs.STAGE + name for name, _, _ in plan]
   for name, stage, _ in plan:
-    source = stage.init_from.removeprefix(runs.STAGE)
-    if stage.init_from.startswith(runs.STAGE) and source not in names:
+    if stage.init_from.startswith(runs.STAGE) and stage.init_from not in names:
       raise ValueError(
         f"{name}.init_from={stage.init_from!r} is a run in the workdir. Give --workdir, too."
       )
@@ -125,7 +125,7 @@ def _length(config: ConfigDict, steps: int, images: int) -> list[str]:
 
 
 def _model(model: AutoEncoder, params: Mapping) -> list[str]:
-  s, condition = model.shape, "AdaLN" if model.adaln else "a token"
+  s, condition = model.shape, CONDITIONS[model.condition]
   lines = [
     f"{model.variant}: {_by(model.image_size)} in {model.tokens} patches of {s.patch} x {s.patch}; "
     f"heads {', '.join(model.heads)}; conditioned by {condition}; {model.dtype}",
@@ -138,10 +138,10 @@ def _model(model: AutoEncoder, params: Mapping) -> list[str]:
 def _memory(state: TrainState, config: ConfigDict, mesh) -> list[str]:
   parts = dict(parameters=state.params, average=state.ema_params, optimiser=state.opt_state)
   each = ", ".join(f"{name} {sizes.text(sizes.nbytes(tree))}" for name, tree in parts.items())
-  on_one = sizes.text(sizes.nbytes_of_device(state, mesh, config.fsdp))
+  on_one, shares = sizes.text(sizes.nbytes_of_device(state, mesh)), mesh.devices.shape[-1]
   lines = [
     f"{sizes.text(sizes.nbytes(state))}: {each}",
-    f"{on_one} of it on each device ({'split' if config.fsdp else 'whole'}; fsdp={config.fsdp}); "
+    f"{on_one} of it on each device (a copy for {shares} of {mesh.size}; fsdp={config.fsdp}); "
     "gradients and activations come on top",
   ]
   return _section("state", lines)

@@ -15,8 +15,9 @@ from umd.checkpoint import WEIGHTS
 from umd.codec import Latents
 from umd.guard import Guard
 from umd.inference import Inference
-from umd.kl_objective import ERRORS, make_loss
+from umd.kl_objective import ERRORS, KLObjective
 from umd.models.autoencoder import AutoEncoder, parse_variant
+from umd.models.blocks import CONDITIONS, REMAT
 from umd.models.vae import Architecture, KLAutoEncoder
 from umd.objectives import Stream, Term
 from umd.paths import make_path
@@ -78,7 +79,10 @@ MODEL = Section(
     *(AutoEncoder, "image_size", "num_classes", "parent", "name"),
     heads=Field(tuple[str, ...], ("x0", "eps", "v", "x_t"), filled=True, distinct=True),
     class_tokens=COUNT,
+    condition=tuple(CONDITIONS),
     dtype=("float32", "bfloat16"),
+    scan=Field(str, ("auto", "true", "false"), required=False),
+    remat=("auto", *REMAT),
   ),
   build=lambda variant, **_: parse_variant(variant),
 )
@@ -151,7 +155,7 @@ EXPECTED = Section(
   {
     "variant": Field(str, required=False),
     "size": Field(int, COUNT, required=False),
-    "adaln": Field(bool, required=False),
+    "adaln": Field(str, ("true", "shared", "false"), required=False),
     "latent_diffusion": Field(bool, required=False),
     "width": Field(int, COUNT, required=False),
   }
@@ -173,6 +177,10 @@ TRAINING = {
   "log_every": Field(int, COUNT),
   "data": DATA,
 }
+DEVICES = {
+  "fsdp": Field(int, "[0, inf)", "Devices that share one copy of the parameters; 0: all do."),
+  "accumulate": Field(int, COUNT, "Parts of a batch, one after the other."),
+}
 EMA_DECAY = Field(float, SHARE, "E.g. 0.9999; 0 is no average.")
 TRAINED = Field(str, None, 'It must name a run: "stage:NAME" or its folder.', filled=True)
 
@@ -184,7 +192,7 @@ STAGES = {
     "latents": LATENTS,
     "model": MODEL,
     "path": Section(arguments(make_path)),
-    "fsdp": Field(bool),
+    **DEVICES,
     "streams": Named(lambda _: STREAM),
     "optim": OPTIM,
     "guard": Section(arguments(Guard), build=Guard),
@@ -216,9 +224,9 @@ STAGES = {
       )
     ),
     "objective": Section(
-      arguments(make_loss, "model", error=tuple(ERRORS), kl_weight="[0, inf)"),
+      arguments(KLObjective, "model", error=tuple(ERRORS), kl_weight="[0, inf)"),
     ),
-    "fsdp": Field(bool),
+    **DEVICES,
     "optim": OPTIM,
     "guard": Section(arguments(Guard), build=Guard),
     "ema_decay": EMA_DECAY,

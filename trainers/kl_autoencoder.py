@@ -18,21 +18,21 @@ from ml_collections import ConfigDict
 
 import evaluators
 from evaluators.context import count
-from trainers import logs, nonfinite
+from trainers import logs
 from trainers.autoencoder import count_steps
 from trainers.loop import Loop, train_batches
+from trainers.step import Training
 from umd import data, metrics, optim, preemption, sharding, vae_weights
 from umd import workdir as folder
 from umd.codec import Codec, Pixels
-from umd.guard import Guard
-from umd.kl_objective import centre, kl_divergence, make_loss
+from umd.kl_objective import KLObjective, centre, kl_divergence
 from umd.models.vae import Architecture, KLAutoEncoder
 from umd.objectives import Stream
-from umd.state import TrainState, init_state, make_train_step
+from umd.state import TrainState, init_state
 
 # What may change between two starts of one run without making it another run.
-HARMLESS = ("checkpoint", "data.max_bad", "eval_every", "eval_num", "fsdp", "log_every", "summary")
-HARMLESS += ("test", "wandb")
+HARMLESS = ("accumulate", "checkpoint", "data.max_bad", "eval_every", "eval_num", "fsdp")
+HARMLESS += ("log_every", "summary", "test", "wandb")
 FOLDER = "vae"  # Of the weights, in the workdir.
 ROWS, WIDTH = 8, 96  # Of the picture: rows, and about how many pixels wide an image is drawn.
 
@@ -48,7 +48,7 @@ class Parts(NamedTuple):
   test: data.Source
   model: KLAutoEncoder
   steps: int
-  loss: Callable
+  objective: KLObjective
   schedule: Callable
   tx: optax.GradientTransformation
   codec: Codec = Pixels()
@@ -80,7 +80,7 @@ def prepare(config: ConfigDict, workdir: str, cache: str, init_from: str = "") -
     FileNotFoundError: data that is not there.
   """
   folder.check_same_run(workdir, config.to_dict(), HARMLESS)
-  mesh = sharding.make_mesh()
+  mesh = sharding.make_mesh(fsdp=config.fsdp)
   sharding.check_divides("batch_size", config.batch_size, mesh)
   sharding.check_divides("eval_batch_size", config.eval_batch_size, mesh)
   if init_from:
@@ -91,11 +91,12 @@ def prepare(config: ConfigDict, workdir: str, cache: str, init_from: str = "") -
     raise ValueError(f"test: {test.name!r} has {sizes}. Choose data and pp of one size.")
   count(test, config.eval_num)
   model = make_model(config, source.image_size)
-  loss = make_loss(model, **config.objective.to_dict())
+  sharding.check_accumulates(config.accumulate, config.batch_size, 1, mesh)
+  objective = KLObjective(model, **config.objective.to_dict())
   steps, settings = count_steps(config, len(source)), config.optim.to_dict()
   schedule = optim.make_schedule(settings.pop("lr"), steps, settings.pop("warmup"))
   tx = optim.make_optimizer(schedule, **settings)
-  return Parts(mesh, source, test, model, steps, loss, schedule, tx)
+  return Parts(mesh, source, test, model, steps, objective, schedule, tx)
 
 
 def init_params(model: KLAutoEncoder) -> Callable:
@@ -250,32 +251,12 @@ def run(
   """
   say = logs.printer(name)
   parts = prepare(config, workdir, cache, init_from)
-  guard = Guard(**config.guard.to_dict())
   loop = Loop(config, workdir, name)
   init, key = init_params(parts.model), jax.random.key(config.seed)
-  state = init_state(init, parts.tx, key, parts.mesh, config.fsdp)
-  step_fn = make_train_step(
-    parts.loss,
-    parts.tx,
-    parts.schedule,
-    ema_decay=config.ema_decay,
-    seed=config.seed,
-    state=state,
-    guard=guard,
-  )
+  state = init_state(init, parts.tx, key, parts.mesh)
+  training = Training(config, parts, state, workdir)
   state = loop.restore(state)
   say(describe(state.params, parts.model, parts.source.image_size))
-  batches_from = lambda n: train_batches(parts.source, config.batch_size, config.seed, n)
-  newest = {}  # The state after the last step, for whoever must look into it.
-
-  def step(state, batch):
-    newest["state"], values = step_fn(state, batch)
-    return newest["state"], values
-
-  def inspect(number: int) -> str:
-    params = newest["state"].params
-    return nonfinite.inspect(parts, batches_from, params, number, config.seed, workdir)
-
   context = evaluators.Context(
     inference=None,  # Of diffusion, and so are streams: nothing here asks for them.
     streams=(),
@@ -287,14 +268,14 @@ def run(
   reconstruction = Reconstruction(context, parts.model, parts.test, config.eval_num)
   return loop.run(
     state,
-    step,
+    training,
     parts.source,
     [
       evaluators.Scheduled("reconstruction", config.eval_every, reconstruction),
       evaluators.Scheduled(FOLDER, 0, make_export(config, parts, workdir, say)),
     ],
     parts.steps,
-    pending=logs.StepMetrics(guard.max_skipped, inspect),
+    pending=logs.StepMetrics(config.guard.max_skipped, training.inspect),
     mesh=parts.mesh,
     wandb_key=wandb_key,
   )

@@ -16,7 +16,7 @@ def inspect(parts, batches_from: Callable, params, step: int, seed: int, workdir
   Every process must call it.
 
   Args:
-    parts: the trainer's, with `mesh`, `codec`, `loss` and `streams`.
+    parts: the trainer's, with `mesh`, `codec`, `objective` and `streams`.
     batches_from: `batches_from(n)`: the batches of step n + 1 and those after it.
     params: before the step; those of a step that was not applied are those after it, too.
     step: number of the step.
@@ -27,6 +27,6 @@ def inspect(parts, batches_from: Callable, params, step: int, seed: int, workdir
   streams = [stream.name for stream in parts.streams]
   key, encode = step_key(seed, step - 1), functools.partial(encode_batch, parts.codec)
   seen = jax.jit(encode)(parts.codec.params, batch, key)
-  report = diagnosis.diagnose(parts.loss, streams, params, seen, key)
+  report = diagnosis.diagnose(parts.objective, streams, params, seen, key)
   path = diagnosis.save(workdir, step, batch, f"Step {step}\n{report}")
   return f"Found: {report.splitlines()[0]} The batch is in {path}, the report next to it (.txt)."

@@ -94,6 +94,14 @@ def check_same_vae(path: str, sha256: str) -> None:
     )
 
 
+def as_it_runs(model: Mapping) -> dict:
+  """Attributes of the model of a config."""
+  settings = {**model, "heads": tuple(model["heads"])}
+  settings["scan"] = settings.get("scan") == "true"
+  settings["remat"] = settings.get("remat", "none").replace("auto", "none")
+  return settings
+
+
 def open_run(path: str, **settings) -> Run:
   """Reads what a run trained, from the config that it saved.
 
@@ -112,7 +120,7 @@ def open_run(path: str, **settings) -> Run:
       "workdir of a run that was trained."
     )
   checkpoint.param_shapes(path)
-  settings = {**config["model"], "heads": tuple(config["model"]["heads"]), **settings}
+  settings = {**as_it_runs(config["model"]), **settings}
   size = tuple(about["image_size"])
   model = AutoEncoder(image_size=size, num_classes=about["num_classes"], **settings)
   inference = Inference(model, make_path(**config["path"]))
@@ -129,7 +137,7 @@ def check_expected(run: Run, expected: Mapping) -> None:
   actual = {
     "variant": run.model.variant,
     "size": run.model.image_size[0] * run.about["pixels_per_place"],
-    "adaln": run.model.adaln,
+    "adaln": {"adaln": "true", "adaln_shared": "shared", "token": "false"}[run.model.condition],
     "latent_diffusion": bool(run.config["latents"]),
     "width": run.model.shape.width,
   }

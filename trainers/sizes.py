@@ -32,9 +32,9 @@ def nbytes(tree) -> int:
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def nbytes_of_device(tree, mesh, fsdp: bool) -> int:
+def nbytes_of_device(tree, mesh) -> int:
   """Bytes of them that one device keeps."""
-  placed = jax.tree.leaves(state_shardings(tree, mesh, fsdp))
+  placed = jax.tree.leaves(state_shardings(tree, mesh))
   shapes = [
     jax.ShapeDtypeStruct(sharding.shard_shape(x.shape), x.dtype)
     for x, sharding in zip(jax.tree.leaves(tree), placed, strict=True)
@@ -86,7 +86,7 @@ def parts(model: AutoEncoder, params: Mapping) -> Rows:
 
 def tokens(model: AutoEncoder, mask_ratio: float) -> tuple[int, int]:
   """How many tokens attend to one another in the encoder, and in the decoder."""
-  condition = 0 if model.adaln else 1
+  condition = 1 if model.condition == "token" else 0
   return (
     model.class_tokens + model.keep(mask_ratio) + condition,
     1 + model.tokens + condition,  # The class tokens' mean is one.

@@ -11,14 +11,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from umd import vae_weights
 from umd.data import Source
 from umd.data.latents import check
 from umd.models.vae import KLAutoEncoder
-from umd.sharding import DATA_AXIS, replicate
+from umd.placement import BATCH, WHOLE
+from umd.sharding import replicate
 from umd.tiling import tiled
 
 ENCODING = 0x1A7E  # Folded into keys, so that latents share no noise with what is done to them.
@@ -211,8 +212,7 @@ class Latents:
       out = jax.lax.map(lambda rows: fn(params, rows), chunks)
       return out.reshape(-1, *out.shape[2:])
 
-    share = PartitionSpec(DATA_AXIS)
-    specs = dict(in_specs=(PartitionSpec(), share), out_specs=share)
+    specs = dict(in_specs=(WHOLE, BATCH), out_specs=BATCH)
     return jax.shard_map(local, mesh=self._mesh, check_vma=False, **specs)(params, x)
 
 

@@ -12,9 +12,11 @@ import numpy as np
 
 from umd import workdir as folder
 from umd.models.blocks import Block, LayerNorm, Stack
+from umd.placement import LAYERS
 from umd.sharding import each_process, local_rows, replicated
+from umd.state import Objective
 
-BLOCKS = "blocks"  # Where a Stack keeps its layers' parameters, [depth, ...].
+ALL = "all streams"
 LISTED = 8  # names or rows in one line of a report
 
 
@@ -35,10 +37,11 @@ class Watch:
   """
 
   def __init__(self, streams: Sequence[str]):
-    """`streams` are the names of the model's passes, in order."""
+    """`streams` are the names of what the model encodes, in order."""
     self.names, self.values, self.parts = [], [], []
     self._streams = iter(streams)
-    self._stream, self._prefix = "", ()
+    self._all = ALL if len(streams) > 1 else f"stream {streams[0]!r}"
+    self._stream, self._prefix = self._all, ()
     self._inside: list[str] = []  # The parts that are being computed, outermost first.
     self._noted: list = []
 
@@ -47,15 +50,17 @@ class Watch:
     is_float = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.floating)
     if floats := [x for x in jax.tree.leaves(tree) if is_float(x) and is_new(x)]:
       self._noted += floats
-      self.names.append(f"stream {self._stream!r}: {blamed}")
+      self.names.append(f"{self._stream}: {blamed}")
       self.values.append(jnp.stack([largest(x) for x in floats]).max())
 
   def __call__(self, next_fun: Callable, args, kwargs, context):
     """The interceptor for `flax.linen.intercept_methods`."""
     if context.module.scope is None or context.method_name == "setup":
       return next_fun(*args, **kwargs)  # No computation: a question to the model, such as `keep`.
-    if not self._inside:
-      self._stream = next(self._streams, "?")
+    if context.method_name == "encode":  # Before and after it the streams are one batch.
+      self._stream = f"stream {next(self._streams, '?')!r}"
+    elif context.method_name == "decode":
+      self._stream = self._all
     path = [*self._prefix, *context.module.path]
     method = [] if context.method_name == "__call__" else [context.method_name]
     name = "/".join([*path, *method]) or "model"
@@ -75,10 +80,10 @@ class Watch:
   def _layer_by_layer(self, stack: Stack, x, cond):
     """What a Stack computes; within its own loop values could not be brought out."""
     params = stack.variables["params"]
-    block = Block(stack.heads, stack.adaln, stack.dtype, parent=None)
+    block = Block(*stack.block, parent=None)
     for i in range(stack.depth):
-      layer = jax.tree.map(lambda p, i=i: p[i], params[BLOCKS])
-      with self._at(stack, BLOCKS, str(i)):
+      layer = jax.tree.map(lambda p, i=i: p[i], params[LAYERS])
+      with self._at(stack, LAYERS, str(i)):
         x, _ = block.apply({"params": layer}, x, cond)
     with self._at(stack, "norm"):
       return LayerNorm(parent=None).apply({"params": params["norm"]}, x)
@@ -95,10 +100,10 @@ def by_layer(tree) -> dict[str, jax.Array]:
   found = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-    if BLOCKS not in parts:
+    if LAYERS not in parts:
       found["/".join(parts)] = largest(leaf)
       continue
-    at = parts.index(BLOCKS) + 1
+    at = parts.index(LAYERS) + 1
     for i, value in enumerate(largest(leaf, tuple(range(1, leaf.ndim)))):
       found["/".join([*parts[:at], str(i), *parts[at:]])] = value
   return found
@@ -124,14 +129,14 @@ def _backwards(gradients: Mapping, parts: Sequence[str]) -> list[str]:
 
 
 @functools.lru_cache(maxsize=2)
-def _watched(loss: Callable, streams: tuple[str, ...], everywhere):
-  """(jitted `fn(params, batch, key) -> (loss, terms, values)`, list that ends with its Watch)."""
+def _watched(objective: Objective, streams: tuple[str, ...], everywhere):
+  """(jitted `fn(params, drawn) -> (loss, terms, values)`, list that ends with its Watch)."""
   traced = []
 
-  def watched(params, batch, key):
+  def watched(params, drawn):
     traced.append(Watch(streams))
     with nn.intercept_methods(traced[-1]):
-      total, terms = loss(jax.lax.with_sharding_constraint(params, everywhere), batch, key)
+      total, terms = objective(jax.lax.with_sharding_constraint(params, everywhere), drawn)
     return total, terms, traced[-1].values
 
   return jax.jit(watched, out_shardings=everywhere), traced
@@ -142,15 +147,15 @@ def _rows(images):
   return largest(images, tuple(range(1, images.ndim)))
 
 
-def diagnose(loss: Callable, streams: Sequence[str], params, batch: Mapping, key) -> str:
+def diagnose(objective: Objective, streams: Sequence[str], params, batch: Mapping, key) -> str:
   """Computes a step again and says what is not finite in it, and where that begins.
 
   It looks at parameters, images, layers in the order of the computation, terms, and gradients from
   the loss backwards, and stops at the first kind that is not finite. Every process must call it.
 
   Args:
-    loss: `loss(params, batch, key) -> (loss, {"stream/term": value})`, of an `AutoEncoder`.
-    streams: names of the streams, in the order in which the loss computes them.
+    objective: of an `AutoEncoder` or a `KLAutoEncoder`.
+    streams: names of the streams, in the order in which the model encodes them.
     params: before the step.
     batch: the step's, split over the devices.
     key: the step's, see `umd.state.step_key`.
@@ -172,8 +177,9 @@ def diagnose(loss: Callable, streams: Sequence[str], params, batch: Mapping, key
     verdict = f"images not finite: rows {_listed(rows)} of the batch of {len(images)}."
     return "\n".join([verdict, *lines])
 
-  watched, traced = _watched(loss, tuple(streams), everywhere)
-  total, terms, layers = jax.device_get(watched(params, batch, key))
+  watched, traced = _watched(objective, tuple(streams), everywhere)
+  drawn = jax.jit(objective.draw)(batch, key)
+  total, terms, layers = jax.device_get(watched(params, drawn))
   watch = traced[-1]
   lines += _table("Terms of the loss, without their weights:", terms.items())
   lines += _table(
@@ -188,9 +194,8 @@ def diagnose(loss: Callable, streams: Sequence[str], params, batch: Mapping, key
   elif not np.isfinite(total):
     verdict = "loss not finite, the sum of finite terms: they or their weights are too large."
   else:
-    gradients = fetch(
-      lambda *args: by_layer(jax.grad(loss, has_aux=True)(*args)[0]), params, batch, key
-    )
+    gradient = jax.grad(objective, has_aux=True)
+    gradients = fetch(lambda *args: by_layer(gradient(*args)[0]), params, drawn)
     lines += _table("Largest absolute value of each gradient:", gradients.items())
     bad = _backwards(gradients, watch.parts)
     verdict = f"gradients not finite, from the loss backwards: {_listed(bad)}."

@@ -12,15 +12,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from umd import fid, progress, torch_checkpoint, weights
 from umd.data import Source, eval_batches
 from umd.models.inception import LOGITS, POOL, SPATIAL, Inception, from_torch
+from umd.placement import BATCH, WHOLE
 from umd.quantize import quantize
 from umd.sharding import (
-  DATA_AXIS,
   batch_sharding,
   each_process,
   local_rows,
@@ -82,8 +82,7 @@ def look(
     rgb = jnp.broadcast_to(levels, (*levels.shape[:3], 3))
     return Inception().apply({"params": params}, rgb)
 
-  share = PartitionSpec(DATA_AXIS)
-  specs = dict(in_specs=(PartitionSpec(), share), out_specs=share)
+  specs = dict(in_specs=(WHOLE, BATCH), out_specs=BATCH)
   return jax.shard_map(local, mesh=mesh, check_vma=False, **specs)(params, images)
 
 

@@ -3,6 +3,7 @@
 After Rombach et al. 2022 (arXiv:2112.10752), section 3.1 and appendix G.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import jax
@@ -30,10 +31,11 @@ def posterior_noise(key: Array, images: Float[Array, "b h w c"], model: KLAutoEn
   return jax.vmap(lambda k: jax.random.normal(k, shape))(jax.random.split(key, b))
 
 
-def make_loss(model: KLAutoEncoder, *, error: str, kl_weight: float) -> Callable:
-  """Builds `loss(params, batch, key) -> (loss, {name: value})`.
+@dataclasses.dataclass(frozen=True, eq=False)
+class KLObjective:
+  """The loss of a KL auto-encoder: `objective(params, objective.draw(batch, key))`.
 
-  The loss is the mean error of the values of an image plus `kl_weight` times the KL divergence,
+  It is the mean error of the values of an image plus `kl_weight` times the KL divergence,
   which is divided by the number of values too: sums over both in the published ratio. The published
   objective has two terms more, a perceptual and an adversarial one, which need networks trained
   elsewhere. Without them reconstructions lack texture: they are blurrier, and the more so the
@@ -42,7 +44,7 @@ def make_loss(model: KLAutoEncoder, *, error: str, kl_weight: float) -> Callable
   The values are "reconstruction", "kl" (nats per value of the image), and "latent_mean" and
   "latent_std" of the posterior means, over all channels.
 
-  Args:
+  Attributes:
     model: the auto-encoder.
     error: "l1", the absolute error, or "l2", the squared one; images are in [-1, 1].
     kl_weight: 1e-6 in the paper.
@@ -50,22 +52,29 @@ def make_loss(model: KLAutoEncoder, *, error: str, kl_weight: float) -> Callable
   Raises:
     ValueError: no such error.
   """
-  if error not in ERRORS:
-    raise ValueError(f"objective.error={error!r} is not one of {list(ERRORS)}.")
 
-  def loss(params, batch, key):
-    images = batch["image"]
-    noise = posterior_noise(key, images, model)
-    reconstruction, mean, logvar = model.apply({"params": params}, images, noise)
+  model: KLAutoEncoder
+  error: str
+  kl_weight: float
+
+  def __post_init__(self):
+    if self.error not in ERRORS:
+      raise ValueError(f"objective.error={self.error!r} is not one of {list(ERRORS)}.")
+
+  def draw(self, batch: Mapping, key: Array) -> tuple[Array, Array]:
+    """(images, noise of their latents)."""
+    return batch["image"], posterior_noise(key, batch["image"], self.model)
+
+  def __call__(self, params, drawn: tuple[Array, Array]) -> tuple[Array, dict[str, Array]]:
+    images, noise = drawn
+    reconstruction, mean, logvar = self.model.apply({"params": params}, images, noise)
     values = {
-      "reconstruction": ERRORS[error](reconstruction - images).mean(),
+      "reconstruction": ERRORS[self.error](reconstruction - images).mean(),
       "kl": kl_divergence(mean, logvar).mean() / images[0].size,
       "latent_mean": mean.mean(),
       "latent_std": mean.std(),
     }
-    return values["reconstruction"] + kl_weight * values["kl"], values
-
-  return loss
+    return values["reconstruction"] + self.kl_weight * values["kl"], values
 
 
 def centre(params: Mapping, mean: Float[Array, "c"]) -> dict:

@@ -6,16 +6,20 @@ a new row of data (see `configs/common.py`).
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from umd.masking import mask_from_noise, patchify
-from umd.models.autoencoder import AutoEncoder
+from umd.models.autoencoder import AutoEncoder, Input
 from umd.paths import Path
+from umd.rows import take_rows
 
 # Which tokens a term scores, from the mask [B, N] (1 = dropped from the encoder's input).
 WHERE: Mapping[str, Callable] = {
@@ -94,12 +98,6 @@ def stream_rows(stream: Stream, size: int) -> tuple[int, int]:
   return start, stop
 
 
-def take_rows(x: Array, rows: tuple[int, int], size: int) -> Array:
-  """Rows `from`..`to` of every `size` rows of x: a slice inside each device's share."""
-  grouped = x.reshape(-1, size, *x.shape[1:])[:, rows[0] : rows[1]]
-  return grouped.reshape(-1, *x.shape[1:])
-
-
 def _check_term(name: str, term: Term, stream: Stream, model: AutoEncoder, path: Path) -> None:
   where = f"streams.{stream.name}.terms.{name}"
   if term.head not in model.heads:
@@ -148,49 +146,71 @@ def check(streams: Sequence[Stream], model: AutoEncoder, path: Path, batch_size:
       _check_term(name, term, s, model, path)
 
 
-def score(
-  model: AutoEncoder,
-  path: Path,
-  stream: Stream,
-  params,
-  x0: Float[Array, "b h w c"],
-  labels: Int[Array, "b"] | None,
-  t: Int[Array, "b"],
-  eps: Float[Array, "b h w c"],
-  mask_noise: Float[Array, "b n"],
-) -> dict[str, Float[Array, "b"]]:
-  """Every term of a stream, per example, for given timesteps, noise and mask noise (eq. 3-5).
+class Draw(NamedTuple):
+  """What a stream is trained on in a step: images [B, H, W, C], labels, and all that is random.
 
-  Returns `{term: [B]}`: squared error, mean over the scored tokens, their pixels and channels,
-  without the term's weight.
+  Attributes:
+    x0: clean images.
+    labels: [B] those shown, or None.
+    t: timesteps [B].
+    eps: noise [B, H, W, C].
+    mask_noise: [B, N]; see `umd.masking.mask_from_noise`.
   """
+
+  x0: Array
+  labels: Array | None
+  t: Array
+  eps: Array
+  mask_noise: Array
+
+
+def shown(model: AutoEncoder, path: Path, stream: Stream, draw: Draw) -> Input:
+  """What the model is shown of a stream's draw."""
   keep = model.keep(stream.mask_ratio)
-  mask = mask_from_noise(mask_noise, keep) if keep < model.tokens else None
-  masked = jnp.zeros_like(mask_noise) if mask is None else mask.masked
-  x_t = path.combine("x_t", x0, eps, t)
-  preds = model.apply({"params": params}, x_t, t, labels, mask)
+  mask = mask_from_noise(draw.mask_noise, keep) if keep < model.tokens else None
+  return Input(path.combine("x_t", draw.x0, draw.eps, draw.t), draw.t, draw.labels, mask)
+
+
+def errors(
+  model: AutoEncoder, path: Path, stream: Stream, draw: Draw, masked: Array, preds: Mapping
+) -> dict[str, Float[Array, "b"]]:
+  """Every term of a stream, per example, of predictions (eq. 3-5); `masked` is 1 where dropped."""
   out = {}
   for name, term in stream.terms.items():
-    target = patchify(path.combine(term.head, x0, eps, t), model.shape.patch)
+    target = patchify(path.combine(term.head, draw.x0, draw.eps, draw.t), model.shape.patch)
     error = jnp.square(preds[term.head] - target).mean(axis=-1)
     weight = WHERE[term.where](masked)
     out[name] = (error * weight).sum(axis=1) / weight.sum(axis=1)
   return out
 
 
-def make_loss(
-  model: AutoEncoder,
-  path: Path,
-  streams: Sequence[Stream],
-  batch_size: int,
-  label_drop_prob: float = 0.0,
-) -> Callable:
-  """Builds `loss(params, batch, key) -> (loss, {"stream/term": value})`.
+def score(
+  model: AutoEncoder, path: Path, streams: Sequence[Stream], params, draws: Sequence[Draw]
+) -> list[dict[str, Float[Array, "b"]]]:
+  """Every term of the streams, per example, for given timesteps, noise and mask noise (eq. 3-5).
+
+  Returns `{term: [B]}` of each stream: squared error, mean over the scored tokens, their pixels and
+  channels, without the term's weight.
+  """
+  inputs = [shown(model, path, s, draw) for s, draw in zip(streams, draws, strict=True)]
+  counts = [len(draw.x0) for draw in draws]
+  groups = functools.reduce(math.gcd, counts)
+  preds = model.apply({"params": params}, inputs, groups, method="predict")
+  everywhere = lambda draw: jnp.zeros_like(draw.mask_noise)
+  return [
+    errors(model, path, s, draw, everywhere(draw) if x.mask is None else x.mask.masked, pred)
+    for s, draw, x, pred in zip(streams, draws, inputs, preds, strict=True)
+  ]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Objective:
+  """The loss of streams: `objective(params, objective.draw(batch, key))`.
 
   Each stream counts by its realised share of the rows, its terms by their weights: for UMD,
   L = r0 L(t=0) + (1 - r0) L(t>=1).
 
-  Args:
+  Attributes:
     model: predicts the heads that the terms score.
     path: mixes images and noise.
     streams: see `Stream`; checked here.
@@ -200,31 +220,50 @@ def make_loss(
   Raises:
     ValueError: see `check`.
   """
-  check(streams, model, path, batch_size)
-  size = period(streams, batch_size)
 
-  def shown_labels(batch, stream, rows, key):
-    if not model.num_classes or not stream.labels:
-      return None
-    labels = take_rows(batch["label"], rows, size)
-    drop = jax.random.bernoulli(key, label_drop_prob, labels.shape)
-    return jnp.where(drop, model.num_classes, labels)
+  model: AutoEncoder
+  path: Path
+  streams: Sequence[Stream]
+  batch_size: int
+  label_drop_prob: float = 0.0
 
-  def loss(params, batch, key):
-    total, metrics = 0.0, {}
-    for i, stream in enumerate(streams):
+  def __post_init__(self):
+    check(self.streams, self.model, self.path, self.batch_size)
+
+  @property
+  def period(self) -> int:
+    """Rows of the pattern by which they are dealt to streams."""
+    return period(self.streams, self.batch_size)
+
+  def draw(self, batch: Mapping, key: Array) -> list[Draw]:
+    """What each stream is trained on; a row is drawn alike on any number of devices."""
+    draws = []
+    for i, stream in enumerate(self.streams):
       keys = jax.random.split(jax.random.fold_in(key, i), 4)
-      rows = stream_rows(stream, size)
-      x0 = take_rows(batch["image"], rows, size)
-      t = TIMESTEPS[stream.timesteps](jax.random.uniform(keys[0], x0.shape[:1]), path.timesteps)
+      rows = stream_rows(stream, self.period)
+      x0 = take_rows(batch["image"], rows, self.period)
+      u = jax.random.uniform(keys[0], x0.shape[:1])
+      t = TIMESTEPS[stream.timesteps](u, self.path.timesteps)
       eps = jax.random.normal(keys[1], x0.shape)
-      mask_noise = jax.random.uniform(keys[2], (len(x0), model.tokens))
-      labels = shown_labels(batch, stream, rows, keys[3])
-      scores = score(model, path, stream, params, x0, labels, t, eps, mask_noise)
-      for name, value in scores.items():
-        metrics[f"{stream.name}/{name}"] = value.mean()
-        share = (rows[1] - rows[0]) / size
-        total += share * stream.terms[name].weight * value.mean()
-    return total, metrics
+      mask_noise = jax.random.uniform(keys[2], (len(x0), self.model.tokens))
+      labels = self._labels(batch, stream, rows, keys[3])
+      draws.append(Draw(x0, labels, t, eps, mask_noise))
+    return draws
 
-  return loss
+  def _labels(self, batch: Mapping, stream: Stream, rows: tuple[int, int], key: Array):
+    if not self.model.num_classes or not stream.labels:
+      return None
+    labels = take_rows(batch["label"], rows, self.period)
+    drop = jax.random.bernoulli(key, self.label_drop_prob, labels.shape)
+    return jnp.where(drop, self.model.num_classes, labels)
+
+  def __call__(self, params, draws: Sequence[Draw]) -> tuple[Array, dict[str, Array]]:
+    """(loss, {"stream/term": value}) of all rows, or of a part that has each stream's share."""
+    scores = score(self.model, self.path, self.streams, params, draws)
+    total, metrics = 0.0, {}
+    for stream, values in zip(self.streams, scores, strict=True):
+      start, stop = stream_rows(stream, self.period)
+      for name, value in values.items():
+        metrics[f"{stream.name}/{name}"] = value.mean()
+        total += (stop - start) / self.period * stream.terms[name].weight * value.mean()
+    return total, metrics

@@ -2,49 +2,60 @@
 
 import collections
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding
 
-DATA_AXIS = "data"
-SMALL_LEAF = 2**12  # elements
+from umd.placement import BATCH, DATA_AXIS, FSDP_AXIS, WHOLE, split
 
 
-def make_mesh(devices=None) -> Mesh:
-  """One axis, "data", over all devices of all processes (or over `devices`)."""
-  devices = jax.devices() if devices is None else devices
-  return Mesh(np.asarray(devices), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+def make_mesh(devices=None, fsdp: int = 1) -> Mesh:
+  """Axes "data" and "fsdp" over all devices of all processes (or over `devices`).
+
+  `fsdp` neighbours share one copy of the state; of a pod of several slices they are of one slice,
+  so that parameters travel within it and only gradients between slices. Devices are in the order
+  of slices and processes: rows of a batch stay with the process that read them.
+
+  Args:
+    devices: in whatever order; all if None.
+    fsdp: how many share a copy; 1: every device has its own, 0: all devices share one.
+
+  Raises:
+    ValueError: the devices, or those of a slice, cannot be grouped like that.
+  """
+  devices = jax.devices() if devices is None else list(np.ravel(devices))
+  slices = [getattr(device, "slice_index", 0) or 0 for device in devices]
+  place = lambda i: (slices[i], devices[i].process_index, i)
+  order = [devices[i] for i in sorted(range(len(devices)), key=place)]
+  within = len(order) // len(set(slices))
+  fsdp = fsdp or len(order)
+  if fsdp < 0 or (within % fsdp and len(order) != fsdp):
+    of = f"a slice's {within}" if len(set(slices)) > 1 else f"the {within}"
+    raise ValueError(
+      f"fsdp={fsdp} must divide {of} devices: so many share one copy of the parameters. "
+      "1 gives every device its own, 0 lets all share one."
+    )
+  grid = np.asarray(order).reshape(-1, fsdp)
+  return Mesh(grid, (DATA_AXIS, FSDP_AXIS), axis_types=(AxisType.Auto,) * 2)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """The leading axis split over all devices."""
-  return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+  return NamedSharding(mesh, BATCH)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
   """The whole array on every device."""
-  return NamedSharding(mesh, PartitionSpec())
+  return NamedSharding(mesh, WHOLE)
 
 
-def state_shardings(shapes, mesh: Mesh, fsdp: bool):
-  """Shardings for a tree of shapes: whole on every device, or each leaf split over all of them.
-
-  Split along the largest axis that the devices divide; leaves without one, and small ones, whose
-  traffic is not worth the memory, stay whole.
-  """
-
-  def spec(leaf):
-    axes = [i for i, size in enumerate(leaf.shape) if size % mesh.size == 0]
-    if not fsdp or not axes or math.prod(leaf.shape) < SMALL_LEAF:
-      return replicated(mesh)
-    largest = max(axes, key=lambda i: leaf.shape[i])
-    return NamedSharding(mesh, PartitionSpec(*[None] * largest, DATA_AXIS))
-
-  return jax.tree.map(spec, shapes)
+def state_shardings(shapes, mesh: Mesh):
+  """Shardings for a tree of shapes, each leaf split over the axis "fsdp", see `placement.split`."""
+  shares = mesh.shape[FSDP_AXIS]
+  return jax.tree.map(lambda leaf: NamedSharding(mesh, split(leaf.shape, shares)), shapes)
 
 
 def check_divides(key: str, batch_size: int, mesh: Mesh) -> None:
@@ -53,6 +64,20 @@ def check_divides(key: str, batch_size: int, mesh: Mesh) -> None:
     raise ValueError(
       f"{key}={batch_size} must be a positive multiple of the {mesh.size} devices. "
       f"Set it to {max(1, round(batch_size / mesh.size)) * mesh.size}."
+    )
+
+
+def check_accumulates(accumulate: int, batch_size: int, period: int, mesh: Mesh) -> None:
+  """Raises ValueError unless each device's rows are so many micro-batches of whole patterns.
+
+  `period` is the pattern by which rows are dealt to streams, see `umd.objectives.period`.
+  """
+  rows = batch_size // mesh.size
+  if accumulate > 1 and rows % (accumulate * period):
+    raise ValueError(
+      f"accumulate={accumulate}: each device has {rows} rows of a batch of {batch_size}, which are "
+      f"not {accumulate} times a multiple of {period}, the rows that the streams share. Change "
+      "accumulate or batch_size."
     )
 
 

@@ -1,8 +1,8 @@
 """The state of training, and the step from one state to the next."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import flax
 import jax
@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 
 from umd import progress
 from umd.guard import Guard, GuardState, choose, init_guard
+from umd.placement import by_batch, gathered_at_once, on
+from umd.rows import chunks_of_rows
 from umd.sharding import batch_sharding, replicated, state_shardings
 
 
@@ -34,6 +36,18 @@ class TrainState:
   guard: GuardState | tuple[()] = ()
 
 
+class Objective(Protocol):
+  """What is minimised, in two parts: all that is random is drawn before anything is computed.
+
+  `draw(batch, key)` makes trees of [rows, ...], and `objective(params, drawn)` their loss, a mean
+  over rows, and its terms by name.
+  """
+
+  def draw(self, batch: Mapping, key: jax.Array): ...
+
+  def __call__(self, params, drawn) -> tuple[jax.Array, Mapping[str, jax.Array]]: ...
+
+
 def step_key(seed: int, step: jax.Array | int) -> jax.Array:
   """What step `step` = 0, 1, ... draws its randomness from: a function of (seed, step)."""
   return jax.random.fold_in(jax.random.key(seed), step)
@@ -47,23 +61,29 @@ def ema_decay_at(step: jax.Array, ema_decay: float) -> jax.Array:
   return jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
 
 
-def init_state(
-  init: Callable, tx: optax.GradientTransformation, key, mesh: Mesh, fsdp: bool = False
-) -> TrainState:
-  """A fresh state on the mesh; `init(key)` returns parameters.
+def init_state(init: Callable, tx: optax.GradientTransformation, key, mesh: Mesh) -> TrainState:
+  """A fresh state; `init(key)` returns parameters, which the mesh's axis "fsdp" splits."""
+  make = _maker(init, tx)
+  with progress.during("compiling the initial state"):
+    shardings = state_shardings(jax.eval_shape(make, key), mesh)
+    return jax.jit(make, out_shardings=shardings)(key)
 
-  With `fsdp` every device keeps a part of every large leaf, otherwise all of all leaves.
-  """
 
+def state_shapes(init: Callable, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+  """What `init_state` returns, as shapes with the places where they would be."""
+  shapes = jax.eval_shape(_maker(init, tx), jax.random.key(0))
+  place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+  return jax.tree.map(place, shapes, state_shardings(shapes, mesh))
+
+
+def _maker(init: Callable, tx: optax.GradientTransformation) -> Callable:
   def make(key):
     params = init(key)
     # The average starts as a copy: two donated leaves must not share a buffer.
     ema = jax.tree.map(jnp.copy, params)
     return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(params), init_guard())
 
-  with progress.during("compiling the initial state"):
-    shardings = state_shardings(jax.eval_shape(make, key), mesh, fsdp)
-    return jax.jit(make, out_shardings=shardings)(key)
+  return make
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +101,29 @@ class Step:
     return self.compiled.lower(state, batch, self.frozen)
 
 
+def make_gradient(objective: Objective, accumulate: int, devices: int) -> Callable:
+  """`gradient(params, drawn) -> ((loss, terms), gradient)`, the mean over micro-batches.
+
+  What is random is drawn for the whole batch, so the number of micro-batches changes numbers by
+  their rounding only. Each device takes its share of each micro-batch from its own rows.
+  """
+  gradient = jax.value_and_grad(objective, has_aux=True)
+  if accumulate == 1:
+    return gradient
+
+  def mean(params, drawn):
+    chunks = chunks_of_rows(drawn, accumulate, devices)
+    add = lambda total, rows: (jax.tree.map(jnp.add, total, gradient(params, by_batch(rows))), None)
+    first = jax.tree.map(lambda x: x[0], chunks)
+    shapes = jax.eval_shape(gradient, params, first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.tree.map(lambda x: x / accumulate, jax.lax.scan(add, zeros, chunks)[0])
+
+  return mean
+
+
 def make_train_step(
-  loss: Callable,
+  objective: Objective,
   tx: optax.GradientTransformation,
   schedule: Callable,
   *,
@@ -90,14 +131,16 @@ def make_train_step(
   seed: int,
   state: TrainState,
   guard: Guard = Guard(),  # noqa: B008 (frozen)
+  accumulate: int = 1,
   encode: Callable | None = None,
   frozen=(),
 ) -> Step:
   """Builds the jitted `step(state, batch) -> (state, metrics)` for states placed as `state` is.
 
-  The model computes with whole parameters: where they are kept in parts, each step gathers them,
-  and every device updates the part that it keeps. All randomness of a step is a function of
-  (seed, step). The state is donated. Metrics are device scalars: "loss", "loss/<stream>/<term>",
+  Every device computes on its own rows, with whole parameters; where these are kept in parts, each
+  layer gathers its own, and every device updates the part that it keeps. `accumulate` micro-batches
+  are worked on one after the other, which takes less memory. All randomness of a step is a function
+  of (seed, step). The state is donated. Metrics are device scalars: "loss", "loss/<stream>/<term>",
   "lr", "grad_norm" (before clipping), "param_norm", and those of the guard.
 
   A step that the guard does not let pass leaves parameters, average and optimiser as they are, to
@@ -111,31 +154,38 @@ def make_train_step(
   def step(state: TrainState, batch, frozen):
     key = step_key(seed, state.step)
     batch = encode(frozen, batch, key) if encode else batch
-    applied = state.step - state.guard.total
-    grad = jax.value_and_grad(loss, has_aux=True)
-    whole = jax.lax.with_sharding_constraint(state.params, everywhere)
-    (total, terms), grads = grad(whole, batch, key)
+    with on(mesh):
+      drawn = by_batch(objective.draw(batch, key))
+      (total, terms), grads = gradient(state.params, drawn)
     grads = jax.lax.with_sharding_constraint(grads, placed.params)
-    grad_norm = optax.tree.norm(grads)
-    apply, guard_state, verdict = guard.judge(state.guard, total, grad_norm)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    params, opt_state = choose(apply, (params, opt_state), (state.params, state.opt_state))
-    decay = ema_decay_at(applied, ema_decay)
-    ema = optax.incremental_update(params, state.ema_params, 1.0 - decay)
-    ema = choose(apply, ema, state.ema_params)
+    new, values = _advance(state, total, grads, tx, guard, ema_decay)
     metrics = {
       "loss": total,
       **{f"loss/{k}": v for k, v in terms.items()},
-      "lr": schedule(applied),
-      "grad_norm": grad_norm,
-      "param_norm": optax.tree.norm(params),
-      **verdict,
+      "lr": schedule(state.step - state.guard.total),
+      "param_norm": optax.tree.norm(new.params),
+      **values,
     }
-    return TrainState(state.step + 1, params, ema, opt_state, guard_state), metrics
+    return new, metrics
 
   placed = jax.tree.map(lambda x: x.sharding, state)
   mesh = placed.step.mesh
+  whole = lambda params, drawn: objective(gathered_at_once(params), drawn)
+  gradient = make_gradient(whole, accumulate, mesh.size)
   everywhere, rows = replicated(mesh), batch_sharding(mesh)
   shardings = dict(in_shardings=(placed, rows, everywhere), out_shardings=(placed, everywhere))
   return Step(jax.jit(step, donate_argnums=0, **shardings), frozen)
+
+
+def _advance(state: TrainState, loss, grads, tx, guard: Guard, ema_decay: float):
+  """(the state after a step with these gradients, if the guard lets it pass; metrics)."""
+  grad_norm = optax.tree.norm(grads)
+  apply, guard_state, verdict = guard.judge(state.guard, loss, grad_norm)
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  params, opt_state = choose(apply, (params, opt_state), (state.params, state.opt_state))
+  decay = ema_decay_at(state.step - state.guard.total, ema_decay)
+  ema = optax.incremental_update(params, state.ema_params, 1.0 - decay)
+  ema = choose(apply, ema, state.ema_params)
+  new = TrainState(state.step + 1, params, ema, opt_state, guard_state)
+  return new, {"grad_norm": grad_norm, **verdict}

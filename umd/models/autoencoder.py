@@ -6,6 +6,8 @@ DiT and MaskDiT are this one network with different inputs and losses.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,8 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from umd.masking import Mask, gather, num_kept, patchify, scatter
-from umd.models.blocks import Stack
+from umd.models.blocks import CONDITIONS, REMAT, Stack, modulate
 from umd.models.embeddings import LabelEmbedding, TimeEmbedding
+from umd.placement import by_batch
+from umd.rows import join_rows, part_rows
 
 # name: width, encoder depth, decoder depth, attention heads. S, B, L are the paper's.
 SIZES = {
@@ -49,6 +53,29 @@ def parse_variant(variant: str) -> Shape:
   return Shape(*SIZES[size], int(patch))
 
 
+class Input(NamedTuple):
+  """What the model is shown of a part of a batch.
+
+  Attributes:
+    images: x_t, [B, H, W, C]; only the patches in `mask.keep` are looked at.
+    t: timesteps in 0..T, 0 being clean, [B].
+    labels: class labels [B], or None for "no label".
+    mask: which patches are kept; None keeps all.
+  """
+
+  images: Array
+  t: Array
+  labels: Array | None = None
+  mask: Mask | None = None
+
+
+class Condition(NamedTuple):
+  """Timestep and label, [B, D] or what is made of it: for the blocks, and for the head."""
+
+  blocks: Array
+  head: Array
+
+
 class AutoEncoder(nn.Module):
   """Masked-diffusion auto-encoder.
 
@@ -59,10 +86,11 @@ class AutoEncoder(nn.Module):
       stands for "no label".
     heads: what is predicted for every pixel, in order: names known to `umd.paths.Path`.
     class_tokens: number of class tokens; their mean after the encoder is the representation.
-    adaln: condition by adaptive LayerNorm; otherwise by one more token in every block.
+    condition: how blocks see timestep and label, key of `blocks.CONDITIONS`.
     dtype: of the computation ("float32" or "bfloat16"); parameters, softmax, norms and the
       time embedding stay float32.
-    scan: run the layers as a loop; remat: recompute activations in the backward pass.
+    scan: run the layers as a loop.
+    remat: what the backward pass computes again, key of `blocks.REMAT`.
   """
 
   variant: str
@@ -70,10 +98,10 @@ class AutoEncoder(nn.Module):
   num_classes: int = 0
   heads: tuple[str, ...] = ("x0", "eps")
   class_tokens: int = 4
-  adaln: bool = True
+  condition: str = "adaln"
   dtype: str = "float32"
   scan: bool = False
-  remat: bool = False
+  remat: str = "none"
 
   def __post_init__(self):
     shape, (height, width, _) = parse_variant(self.variant), self.image_size
@@ -82,6 +110,9 @@ class AutoEncoder(nn.Module):
         f"model.variant={self.variant!r}: the patch of {shape.patch} px does not divide the image "
         f"of {height} x {width} px. Choose another patch or image size."
       )
+    for name, known in (("condition", CONDITIONS), ("remat", REMAT)):
+      if (value := getattr(self, name)) not in known:
+        raise ValueError(f"model.{name}={value!r} is not one of {list(known)}.")
     super().__post_init__()
 
   @property
@@ -106,7 +137,7 @@ class AutoEncoder(nn.Module):
   def setup(self):
     s, dtype = self.shape, jnp.dtype(self.dtype)
     normal, pos = nn.initializers.normal(0.02), nn.initializers.normal(self.tokens**-0.5)
-    stack = lambda depth: Stack(depth, s.heads, self.adaln, dtype, self.scan, self.remat)
+    stack = lambda depth: Stack(depth, s.heads, self.condition, dtype, self.scan, self.remat)
     self.embed = nn.Dense(s.width, dtype=dtype)
     self.pos_embed = self.param("pos_embed", pos, (self.tokens, s.width))
     self.decoder_pos_embed = self.param("decoder_pos_embed", pos, (self.tokens, s.width))
@@ -119,18 +150,24 @@ class AutoEncoder(nn.Module):
     self.encoder, self.decoder = stack(s.depth), stack(s.decoder_depth)
     out = len(self.heads) * self.image_size[2] * s.patch**2
     self.head = nn.Dense(out, kernel_init=normal)
-    if self.adaln:
+    if self.condition == "adaln_shared":
+      self.adaln = modulate(s.width, dtype, "adaln")
+    if self.condition != "token":
       self.head_adaln = nn.Dense(2 * s.width, kernel_init=nn.initializers.zeros)
 
-  def condition(self, t: Int[Array, "b"], labels: Int[Array, "b"] | None) -> Float[Array, "b d"]:
+  def embed_condition(self, t: Int[Array, "b"], labels: Int[Array, "b"] | None) -> Condition:
+    """What timesteps and labels are to the blocks, and to the head."""
     cond = self.time_embed(t)
     if self.num_classes:
       null = jnp.full_like(t, self.num_classes)
       cond = cond + self.label_embed(null if labels is None else labels)
-    return jax.nn.silu(cond) if self.adaln else cond
+    if self.condition != "token":
+      cond = jax.nn.silu(cond)
+    shared = self.condition == "adaln_shared"
+    return Condition(self.adaln(cond) if shared else cond, cond)
 
-  def encode(self, images: Float[Array, "b h w c"], cond: Float[Array, "b d"], mask: Mask | None):
-    """(representation [B, D] float32, encoded tokens [B, K, D])."""
+  def encode(self, images: Float[Array, "b h w c"], cond: Float[Array, "b _"], mask: Mask | None):
+    """(representation [B, D] float32, encoded tokens [B, K, D]); `cond` is the blocks'."""
     patches, pos = patchify(images, self.shape.patch), self.pos_embed[None]
     if mask is not None:
       patches = gather(patches, mask.keep)
@@ -138,28 +175,50 @@ class AutoEncoder(nn.Module):
     x = self.embed(patches)
     x = x + pos.astype(x.dtype)
     cls = jnp.broadcast_to(self.cls.astype(x.dtype), (x.shape[0], *self.cls.shape))
-    x = self.encoder(jnp.concatenate([cls, x], axis=1), cond)
+    x = self.encoder(by_batch(jnp.concatenate([cls, x], axis=1)), cond)
     rep = x[:, : self.class_tokens].astype(jnp.float32).mean(axis=1)
     return rep, x[:, self.class_tokens :]
 
-  def decode(
-    self,
-    rep: Float[Array, "b d"],
-    x: Float[Array, "b k d"],
-    cond: Float[Array, "b d"],
-    mask: Mask | None,
-  ) -> dict[str, Float[Array, "b n p"]]:
-    """Patches [B, N, P * P * C] of every head, float32."""
+  def fill(self, rep: Float[Array, "b d"], x: Float[Array, "b k d"], mask: Mask | None):
+    """What the decoder reads, [B, 1 + N, D]: the pooled class tokens, then every patch."""
     if mask is not None:
       x = scatter(x, mask, self.mask_token)
     x = x + self.decoder_pos_embed.astype(x.dtype)
-    x = self.decoder(jnp.concatenate([rep.astype(x.dtype)[:, None], x], axis=1), cond)
+    return jnp.concatenate([rep.astype(x.dtype)[:, None], x], axis=1)
+
+  def decode(self, x: Float[Array, "b m d"], cond: Condition) -> Float[Array, "b n p"]:
+    """Patches [B, N, P * P * C of each head], float32, of what `fill` makes."""
+    x = self.decoder(by_batch(x), cond.blocks)
     x = x[:, 1:].astype(jnp.float32)
-    if self.adaln:
-      shift, scale = jnp.split(self.head_adaln(cond)[:, None], 2, axis=-1)
+    if self.condition != "token":
+      shift, scale = jnp.split(self.head_adaln(cond.head)[:, None], 2, axis=-1)
       x = x * (1 + scale) + shift
-    # Channels of a pixel are [head_0 | head_1 | ...].
-    x = self.head(x).reshape(*x.shape[:2], self.shape.patch**2, len(self.heads), -1)
+    return self.head(x)
+
+  def predict(self, inputs: Sequence[Input], groups: int = 1) -> list[dict]:
+    """Predicts every head for every patch of several parts of a batch.
+
+    The parts, whose encoder sees sequences of different lengths, go through the decoder together.
+
+    Args:
+      inputs: the parts.
+      groups: of rows that belong together, see `umd.rows.join_rows`.
+
+    Returns {head: [B, N, P * P * C]}, float32, for each of them.
+    """
+    counts = [len(part.t) for part in inputs]
+    null = lambda part: jnp.full_like(part.t, self.num_classes)
+    shown = [(p.t, null(p) if p.labels is None else p.labels) for p in inputs]
+    cond = self.embed_condition(*join_rows(shown, groups))
+    conds = part_rows(cond.blocks, counts, groups)
+    encoded = [self.encode(p.images, c, p.mask) for p, c in zip(inputs, conds, strict=True)]
+    filled = [self.fill(*x, p.mask) for x, p in zip(encoded, inputs, strict=True)]
+    out = self.decode(join_rows(filled, groups), cond)
+    return [self.by_head(part) for part in part_rows(out, counts, groups)]
+
+  def by_head(self, x: Float[Array, "b n p"]) -> dict[str, Float[Array, "b n _"]]:
+    """The heads apart; channels of a pixel are [head_0 | head_1 | ...]."""
+    x = x.reshape(*x.shape[:2], self.shape.patch**2, len(self.heads), -1)
     return {h: x[:, :, :, i].reshape(*x.shape[:2], -1) for i, h in enumerate(self.heads)}
 
   def represent(
@@ -169,7 +228,7 @@ class AutoEncoder(nn.Module):
     labels: Int[Array, "b"] | None = None,
   ) -> tuple[Float[Array, "b d"], Float[Array, "b n d"]]:
     """What the encoder makes of whole images: (mean of the class tokens, patch tokens)."""
-    return self.encode(images, self.condition(t, labels), None)
+    return self.encode(images, self.embed_condition(t, labels).blocks, None)
 
   def __call__(
     self,
@@ -178,14 +237,5 @@ class AutoEncoder(nn.Module):
     labels: Int[Array, "b"] | None = None,
     mask: Mask | None = None,
   ) -> dict[str, Float[Array, "b n p"]]:
-    """Predicts every head for every patch.
-
-    Args:
-      images: x_t; only the patches in `mask.keep` are looked at.
-      t: timesteps in 0..T, 0 being clean.
-      labels: class labels, or None for "no label".
-      mask: which patches are kept; None keeps all.
-    """
-    cond = self.condition(t, labels)
-    rep, x = self.encode(images, cond, mask)
-    return self.decode(rep, x, cond, mask)
+    """Predicts every head for every patch, [B, N, P * P * C]; arguments as in `Input`."""
+    return self.predict([Input(images, t, labels, mask)])[0]

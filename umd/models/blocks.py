@@ -1,9 +1,28 @@
 """Transformer blocks with AdaLN or a conditioning token, and stacks of them."""
 
+from collections.abc import Callable, Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from umd import placement
+from umd.placement import LAYERS
+
+# How a block sees the timestep and the label.
+CONDITIONS = {
+  "adaln": "AdaLN of its own",  # Peebles & Xie 2023
+  "adaln_shared": "AdaLN that all layers share",  # PixArt-alpha: Chen et al. 2024, "adaLN-single"
+  "token": "one more token",
+}
+_policies = jax.checkpoint_policies
+# What the backward pass finds again of a block; the rest it computes again. None: all is kept.
+REMAT: Mapping[str, Callable | None] = {
+  "none": None,
+  "dots": _policies.dots_with_no_batch_dims_saveable,
+  "full": _policies.nothing_saveable,
+}
 
 xavier = nn.initializers.xavier_uniform()
 
@@ -54,31 +73,39 @@ class MLP(nn.Module):
     return dense(width, "out")(nn.gelu(dense(4 * width, "hidden")(x)))
 
 
-def modulation(cond: Float[Array, "b d"], parts: int, dtype: jnp.dtype, name: str):
-  """`parts` tensors [B, 1, D] from the condition, zero at initialisation (AdaLN-zero, DiT)."""
-  zeros = nn.initializers.zeros
-  dense = nn.Dense(parts * cond.shape[-1], kernel_init=zeros, dtype=dtype, name=name)
-  return jnp.split(dense(cond)[:, None], parts, axis=-1)
+def modulate(width: int, dtype: jnp.dtype, name: str) -> nn.Dense:
+  """Shifts, scales and gates of a block, [B, 6 D] from [B, D], zero at first (AdaLN-zero, DiT)."""
+  return nn.Dense(6 * width, kernel_init=nn.initializers.zeros, dtype=dtype, name=name)
 
 
 class Block(nn.Module):
-  """Pre-LN transformer block that sees the condition by AdaLN, or else as one more token."""
+  """Pre-LN transformer block that sees the condition in one of three ways, see CONDITIONS.
+
+  "adaln" takes [B, D] and computes its own modulation; "adaln_shared" takes the one of all layers,
+  [B, 6 D], and adds a table of its own; "token" takes [B, D] as one more token.
+  """
 
   heads: int
-  adaln: bool
+  condition: str
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b n d"], cond: Float[Array, "b d"]):
+  def __call__(self, x: Float[Array, "b n d"], cond: Float[Array, "b _"]):
     attention = Attention(self.heads, self.dtype, name="attention")
     mlp = MLP(self.dtype, name="mlp")
     norm1, norm2 = LayerNorm(name="norm1"), LayerNorm(name="norm2")
-    if not self.adaln:
+    if self.condition == "token":
       x = jnp.concatenate([cond.astype(x.dtype)[:, None], x], axis=1)
       x = x + attention(norm1(x))
       x = x + mlp(norm2(x))
       return x[:, 1:], None
-    shift1, scale1, gate1, shift2, scale2, gate2 = modulation(cond, 6, self.dtype, "adaln")
+    if self.condition == "adaln":
+      modulation = modulate(x.shape[-1], self.dtype, "adaln")(cond)
+    else:
+      table = self.param("adaln_table", nn.initializers.zeros, (6 * x.shape[-1],), jnp.float32)
+      modulation = cond + table.astype(self.dtype)
+    parts = jnp.split(modulation[:, None], 6, axis=-1)
+    shift1, scale1, gate1, shift2, scale2, gate2 = parts
     x = x + gate1 * attention(norm1(x) * (1 + scale1) + shift1)
     x = x + gate2 * mlp(norm2(x) * (1 + scale2) + shift2)
     return x, None
@@ -90,25 +117,54 @@ class Stack(nn.Module):
   Parameters are stacked over the layers, [depth, ...], whether the layers run in a loop
   (`scan=True`: compiles faster, smaller program) or unrolled (`scan=False`: runs faster), so a
   checkpoint serves both.
+
+  Attributes:
+    depth, heads: numbers of layers, and of attention heads.
+    condition: key of CONDITIONS.
+    dtype: of the computation.
+    scan: run the layers as a loop.
+    remat: key of REMAT, what the backward pass computes again.
   """
 
   depth: int
   heads: int
-  adaln: bool
+  condition: str
   dtype: jnp.dtype
   scan: bool = False
-  remat: bool = False
+  remat: str = "none"
 
-  @nn.compact
-  def __call__(self, x: Float[Array, "b n d"], cond: Float[Array, "b d"]):
-    block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
-    layers = nn.scan(
-      block,
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      in_axes=nn.broadcast,
-      length=self.depth,
-      unroll=1 if self.scan else self.depth,
-    )
-    x, _ = layers(self.heads, self.adaln, self.dtype, name="blocks")(x, cond)
-    return LayerNorm(name="norm")(x)
+  def setup(self):
+    settings = dict(variable_axes={"params": 0}, split_rngs={"params": True})
+    layers = nn.scan(Block, **settings, in_axes=nn.broadcast, length=self.depth)
+    self.blocks = layers(*self.block)  # Keeps the parameters; `run` computes with them.
+    self.norm = LayerNorm()
+
+  @property
+  def block(self) -> tuple:
+    """Attributes of each block."""
+    return self.heads, self.condition, self.dtype
+
+  def __call__(self, x: Float[Array, "b n d"], cond: Float[Array, "b _"]):
+    if self.is_initializing():
+      return self.norm(self.blocks(x, cond)[0])
+    return self.norm(self.run(self.variables["params"][LAYERS], x, cond))
+
+  def run(self, layers: dict, x: Float[Array, "b n d"], cond: Float[Array, "b _"]):
+    """The blocks one after the other; layers [depth, ...] are their parameters."""
+    block = Block(*self.block, parent=None)
+
+    def layer(x, params):
+      params = placement.gathered(params, self.dtype)
+      return placement.by_batch(block.apply({"params": params}, x, cond)[0])
+
+    if policy := REMAT[self.remat]:
+      layer = jax.checkpoint(layer, policy=policy, prevent_cse=not self.scan)
+    if self.scan:
+      return jax.lax.scan(lambda x, params: (layer(x, params), None), x, layers)[0]
+    # Cut all at once: the gradient is put together at once, too, instead of added up.
+    cut = lambda leaf: jax.lax.split(leaf, [1] * self.depth)
+    apart = [cut(leaf) for leaf in jax.tree.leaves(layers)]
+    for i in range(self.depth):
+      own = jax.tree.unflatten(jax.tree.structure(layers), [pieces[i][0] for pieces in apart])
+      x = layer(x, own)
+    return x
