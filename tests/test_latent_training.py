@@ -32,7 +32,8 @@ def one_device():
   """Several are the matter of test_codec.py; here they would only be compiled for."""
   every = sharding.make_mesh
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sharding, "make_mesh", lambda devices=None: every(devices or jax.devices()[:1]))
+    one = lambda devices=None, fsdp=1: every(devices or jax.devices()[:1])
+    patch.setattr(sharding, "make_mesh", one)
     yield
 
 
