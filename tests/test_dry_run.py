@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,13 @@ from conftest import random_params
 from configs import ae_i1k_lp, common, eval_ae_i1k, quickstart
 from evaluators import Scheduled
 from trainers import autoencoder, dry_run, methods, runs, sizes, stages
-from umd import masking, sharding
+from umd import flops, masking, metrics, sharding
 from umd import workdir as folder
 from umd.checkpoint import Checkpoints
-from umd.codec import Pixels
+from umd.codec import Latents, Pixels
 from umd.models import blocks
 from umd.models.autoencoder import AutoEncoder
+from umd.models.vae import Architecture
 from umd.sharding import make_mesh
 from umd.state import TrainState, init_state
 
@@ -50,6 +52,7 @@ def test_both_stages_are_told_with_all_that_one_wants_to_know(told):
   assert section(first, "length") == [f"20 steps of 32 images, {20 * 32 / 1442:.4g} epochs"]
   assert "0 to 0.002 in 1 steps" in section(first, "optimiser")[0]
   assert section(first, "starts from") == ["random weights"]
+  assert "FLOP a step" in section(first, "compute")[0]
   assert "stage 'pretrain' of this command, ema weights; afresh: label_embed" in second
   assert "20 samples; train digits:train" in section(second, "evaluation")[1]
   assert "sampler=ddim, steps=2, cfg_scale=2.0" in section(second, "samples")[0]
@@ -246,3 +249,41 @@ def test_every_device_is_named_with_its_share():
   assert dry_run._devices(mesh, {"batch_size": 8})[1].endswith(
     "batch_size=8: 2 rows on each device"
   )
+
+
+@pytest.mark.parametrize("kind, peak", [("cpu", None), ("TPU v4", 275e12)])
+def test_the_work_of_a_step_is_told_and_shared_by_the_devices(monkeypatch, tmp_path, kind, peak):
+  config = quickstart.get_config(f"{SMALL},dtype=bfloat16").pretrain
+  config.evals = {}
+  monkeypatch.setattr(autoencoder.chips, "peak_flops", lambda found, dtype: known[found, dtype])
+  known = {("cpu", "bfloat16"): peak}  # What this machine is taken for.
+  parts = autoencoder.prepare(config, str(tmp_path), str(tmp_path))
+  total = flops.train_step(parts.model, parts.streams, 32)
+  assert parts.work == metrics.Work(total / 4, peak)
+  lines = sizes.compute(parts, 32)
+  assert lines[0].startswith(f"{sizes.operations(total)} a step, {sizes.operations(total / 32)} ")
+  shares = [float(x) for x in re.findall(r"([\d.]+) %", lines[0])]
+  assert len(shares) == len(flops.PARTS) and abs(sum(shares) - 100) < 0.05 * len(shares)
+  assert ("275 TFLOP/s a device" in lines[-1]) == bool(peak)
+  if peak:
+    assert float(lines[-1].split()[0]) == pytest.approx(total / 4 / peak, rel=5e-3)
+
+
+def test_what_encodes_the_images_is_told_apart():
+  codec, source = object.__new__(Latents), SimpleNamespace(records=None, image_size=(64, 64, 3))
+  codec.architecture = Architecture()
+  model = AutoEncoder("nano/2", (8, 8, 4))
+  streams = methods.make_streams(common.streams(**common.METHODS["umd"]))
+  work = metrics.Work(1.0, None)
+  parts = SimpleNamespace(model=model, streams=streams, codec=codec, source=source, work=work)
+  encode = sizes.operations(flops.encode(codec.architecture, (64, 64, 3)))
+  assert sizes.compute(parts, 8)[-1] == f"{encode} an image to encode it, which MFU does not count"
+  source.records = SimpleNamespace(info={})  # Stored latents are encoded already.
+  assert not any("to encode" in line for line in sizes.compute(parts, 8))
+
+
+@pytest.mark.parametrize(
+  "number, text", [(1.5e6, "1.5 MFLOP"), (9.996e8, "1 GFLOP"), (4e12, "4 TFLOP")]
+)
+def test_operations_are_told_with_three_digits(number, text):
+  assert sizes.operations(number) == text

@@ -80,11 +80,15 @@ def test_a_step_that_was_applied_must_be_finite(guarded):
 
 
 class Told(list):
+  def __init__(self, **pace):
+    super().__init__()
+    self.pace = pace
+
   def write(self, step, values):
     self.append((step, values))
 
   def tick(self, step):
-    return {"images_per_second": 10.0, "eta_seconds": 5.0}
+    return {"images_per_second": 10.0, "eta_seconds": 5.0, **self.pace}
 
 
 @pytest.mark.parametrize(
@@ -97,3 +101,14 @@ def test_a_log_has_a_line_whether_or_not_a_step_was_applied(steps, text):
   ((step, values),) = told
   assert step == 9 and values["skipped"] == len(steps) - ("loss" in values)
   assert all(np.isfinite(v) for v in values.values())
+
+
+def test_mfu_is_told_and_written_where_it_is_known():
+  told, lines = Told(teraflops_per_second=81.0, mfu=0.4123), []
+  log(9, 20, pending(applied(0.25)), told, told, lines.append, {})
+  assert "10 images/s  mfu 41.2 %  ETA" in lines[-1]
+  assert (told[0][1]["mfu"], told[0][1]["teraflops_per_second"]) == (0.4123, 81.0)
+  assert "eta_seconds" not in told[0][1]
+  told = Told(teraflops_per_second=81.0)
+  log(9, 20, pending(applied(0.25)), told, told, lines.append, {})
+  assert "mfu" not in lines[-1] and told[0][1]["teraflops_per_second"] == 81.0

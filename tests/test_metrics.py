@@ -11,7 +11,7 @@ import pytest
 
 from umd import metrics
 from umd import workdir as folder
-from umd.metrics import Images, JsonLines, PngFolder, Progress, TensorBoard, Wandb, Writer
+from umd.metrics import Images, JsonLines, PngFolder, Progress, TensorBoard, Wandb, Work, Writer
 
 
 def lines(workdir):
@@ -234,6 +234,21 @@ def test_progress_leaves_out_the_first_stretch_and_pauses(monkeypatch):
   progress.resume(25)
   now[0] = 1090.0  # 10 steps in 30 s; 20 in 40 s in all
   assert progress.tick(35) == pytest.approx({"images_per_second": 8 / 3, "eta_seconds": 130})
+
+
+@pytest.mark.parametrize("peak", [None, 4e12])
+def test_progress_tells_the_work_done_and_the_share_of_the_peak(monkeypatch, peak):
+  now = [0.0]
+  monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+  progress = Progress(100, 0, 8, Work(flops=3e12, peak=peak))
+  now[0] = 6.0  # Two steps of 3 TFLOP in 6 s.
+  first = progress.tick(2)
+  assert first["teraflops_per_second"] == pytest.approx(1.0)
+  assert first.get("mfu") == (pytest.approx(0.25) if peak else None)
+  now[0] = 16.0
+  progress.resume(2)  # A pause does not count.
+  now[0] = 18.0
+  assert progress.tick(6)["teraflops_per_second"] == pytest.approx(6.0)
 
 
 @pytest.fixture

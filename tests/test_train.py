@@ -53,7 +53,7 @@ def saved_state(workdir: str, step: int) -> dict:
 
 
 def timeless(records: list[dict]) -> list[dict]:
-  return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records]
+  return [{k: v for k, v in r.items() if not k.endswith("_per_second")} for r in records]
 
 
 def command(workdir: str) -> list[str]:

@@ -14,7 +14,7 @@ import evaluators
 from trainers import logs, methods, runs
 from trainers.loop import Loop
 from trainers.step import Training
-from umd import data, optim, sharding, transfer
+from umd import chips, data, flops, metrics, optim, sharding, transfer
 from umd import workdir as folder
 from umd.checkpoint import load_params
 from umd.codec import Codec
@@ -61,6 +61,7 @@ class Parts(NamedTuple):
   schedule: Callable
   tx: optax.GradientTransformation
   evaluators: list[evaluators.Scheduled]
+  work: metrics.Work
 
 
 def prepare(config: ConfigDict, workdir: str, cache: str, init_from: str = "") -> Parts:
@@ -94,7 +95,14 @@ def prepare(config: ConfigDict, workdir: str, cache: str, init_from: str = "") -
     runs.check_same_vae(init_from, codec.sha256)
     shapes = jax.eval_shape(init_params(model), jax.random.key(0))
     runs.check_fits(init_from, shapes, config.init_fresh)
-  return Parts(mesh, source, codec, model, steps, streams, objective, schedule, tx, scheduled)
+  work = count_work(model, streams, config.batch_size, mesh)
+  return Parts(mesh, source, codec, model, steps, streams, objective, schedule, tx, scheduled, work)
+
+
+def count_work(model: AutoEncoder, streams, batch_size: int, mesh: Mesh) -> metrics.Work:
+  """What a step asks of each device of the mesh; the codec's share is not counted."""
+  total, kind = flops.train_step(model, streams, batch_size), mesh.devices.flat[0].device_kind
+  return metrics.Work(total / mesh.size, chips.peak_flops(kind, model.dtype))
 
 
 def init_params(model: AutoEncoder) -> Callable:
@@ -155,5 +163,6 @@ def run(
     parts.steps,
     pending=logs.StepMetrics(config.guard.max_skipped, training.inspect),
     mesh=parts.mesh,
+    work=parts.work,
     wandb_key=wandb_key,
   )

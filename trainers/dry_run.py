@@ -232,15 +232,11 @@ def _autoencoder(stage: stages.Built, plan) -> Iterator[list[str]]:
   yield _model(parts.model, state.params)
   yield _memory(state, config, parts.mesh)
   yield _section("streams", _columns(sizes.streams(parts.model, parts.streams, batch)))
+  yield _section("compute", sizes.compute(parts, batch))
   yield _length(config, parts.steps, len(parts.source))
   yield _optimiser(config, parts.steps)
   yield _evaluations(config.evals.to_dict(), parts.steps)
   yield _checkpoints(config, parts.steps, sizes.nbytes(state))
-
-
-def _trained(run: runs.Run) -> list[str]:
-  """The model of a run that was trained."""
-  return _model(run.model, checkpoint.param_shapes(run.folder))
 
 
 def _evaluate(stage: stages.Built, plan) -> Iterator[list[str]]:

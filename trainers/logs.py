@@ -122,9 +122,11 @@ class StepMetrics:
 def log(step, steps, pending: StepMetrics, progress, writer, say, shares: dict) -> None:
   """Writes what is pending, the pace and the shares of time; tells loss and remaining time."""
   values, pace = pending.drain(say), progress.tick(step)
-  writer.write(step, {**values, "images_per_second": pace["images_per_second"], **shares})
+  eta = pace.pop("eta_seconds")
+  writer.write(step, {**values, **pace, **shares})
+  mfu = f"  mfu {100 * pace['mfu']:.1f} %" if "mfu" in pace else ""
   loss = f"{values['loss']:.4f}" if "loss" in values else "of no step"
   say(
     f"step {step}/{steps}  loss {loss}  "
-    f"{pace['images_per_second']:.0f} images/s  ETA {format_seconds(pace['eta_seconds'])}"
+    f"{pace['images_per_second']:.0f} images/s{mfu}  ETA {format_seconds(eta)}"
   )

@@ -65,6 +65,7 @@ class Loop:
     *,
     pending: logs.StepMetrics,
     mesh,
+    work: metrics.Work = metrics.Work(),  # noqa: B008 (frozen)
     wandb_key: str | None = None,
   ) -> dict:
     """Trains to the last step; returns the summary, which it also writes.
@@ -77,6 +78,7 @@ class Loop:
       steps: the last step.
       pending: collects the metrics of steps; `logs.StepMetrics`.
       mesh: all devices.
+      work: of a step, for the pace that is logged.
       wandb_key: API key of Weights & Biases.
 
     Raises:
@@ -91,7 +93,7 @@ class Loop:
     self._goodput.resume(self.step)
     self._writer = logs.make_writer(self._config, self._workdir, self.step, wandb_key)
     batch_size = self._config.batch_size
-    self._progress = metrics.Progress(steps, self.step, batch_size)
+    self._progress = metrics.Progress(steps, self.step, batch_size, work)
     interruption.restore(self._interrupted, pending)
     self._report, writer = report.Reporter(self._workdir, steps), contextlib.closing(self._writer)
     with self._report, preemption.protect(), self._checkpoints, writer:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from trainers.autoencoder import Parts, init_params
 from trainers.keys import PARTS
+from umd import flops
+from umd.codec import Latents, stored
 from umd.guard import init_guard
 from umd.models.autoencoder import AutoEncoder
 from umd.objectives import Stream, period, stream_rows
@@ -86,11 +88,7 @@ def parts(model: AutoEncoder, params: Mapping) -> Rows:
 
 def tokens(model: AutoEncoder, mask_ratio: float) -> tuple[int, int]:
   """How many tokens attend to one another in the encoder, and in the decoder."""
-  condition = 1 if model.condition == "token" else 0
-  return (
-    model.class_tokens + model.keep(mask_ratio) + condition,
-    1 + model.tokens + condition,  # The class tokens' mean is one.
-  )
+  return flops.tokens(model, model.keep(mask_ratio))
 
 
 def streams(model: AutoEncoder, streams: Sequence[Stream], batch_size: int) -> Rows:
@@ -111,3 +109,30 @@ def streams(model: AutoEncoder, streams: Sequence[Stream], batch_size: int) -> R
       )
     )
   return rows
+
+
+def operations(number: float) -> str:
+  """1.234e9 -> "1.23 GFLOP"."""
+  units = ["MFLOP", "GFLOP", "TFLOP", "PFLOP"]
+  number /= 1e6
+  while number >= 999.5 and len(units) > 1:
+    number, units = number / 1000, units[1:]
+  return f"{number:.3g} {units[0]}"
+
+
+def compute(parts: Parts, batch_size: int) -> list[str]:
+  """What a step of training takes, as lines: the model's products, and what encodes its images."""
+  each = flops.train_step_parts(parts.model, parts.streams, batch_size)
+  total, evaluation = sum(each.values()), sum(flops.forward(parts.model, 1).values())
+  shares = ", ".join(f"{part} {100 * number / total:.1f} %" for part, number in each.items())
+  lines = [
+    f"{operations(total)} a step, {operations(total / batch_size)} an image: {shares}",
+    f"{operations(evaluation)} a step of a sampler and image",
+  ]
+  if parts.work.peak:
+    seconds = parts.work.flops / parts.work.peak
+    lines.append(f"{seconds:.3g} s a step at {parts.work.peak / 1e12:.0f} TFLOP/s a device")
+  if isinstance(parts.codec, Latents) and stored(parts.source) is None:
+    encode = flops.encode(parts.codec.architecture, parts.source.image_size)
+    lines.append(f"{operations(encode)} an image to encode it, which MFU does not count")
+  return lines

@@ -240,11 +240,24 @@ class Writer:
       sink.close()
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """What a step asks of each device.
+
+  Attributes:
+    flops: floating-point operations of a step on one device, 0 if they are not counted.
+    peak: FLOP/s that the device can do at most, None if not known.
+  """
+
+  flops: float = 0.0
+  peak: float | None = None
+
+
 class Progress:
   """Speed and remaining time of a loop of `steps` steps; pauses do not count."""
 
-  def __init__(self, steps: int, start_step: int, batch_size: int):
-    self._steps, self._batch_size = steps, batch_size
+  def __init__(self, steps: int, start_step: int, batch_size: int, work: Work = Work()):
+    self._steps, self._batch_size, self._work = steps, batch_size, work
     self._seconds, self._done, self._compiled = 0.0, 0, False
     self.resume(start_step)
 
@@ -253,7 +266,11 @@ class Progress:
     self._step, self._time = step, time.perf_counter()
 
   def tick(self, step: int) -> dict[str, float]:
-    """{images_per_second, eta_seconds} at `step`, over the time since the last call."""
+    """{images_per_second, eta_seconds} at `step`, over the time since the last call.
+
+    Where work is counted also {teraflops_per_second} of a device, and where its peak is known
+    {mfu}, the share of it.
+    """
     now = time.perf_counter()
     seconds, done = now - self._time, step - self._step
     self._step, self._time = step, now
@@ -263,4 +280,10 @@ class Progress:
     total, count = (self._seconds, self._done) if self._compiled else (seconds, done)
     self._compiled = True
     eta = total / max(count, 1) * (self._steps - step)
-    return {"images_per_second": done * self._batch_size / max(seconds, 1e-9), "eta_seconds": eta}
+    rate = done / max(seconds, 1e-9)
+    pace = {"images_per_second": rate * self._batch_size, "eta_seconds": eta}
+    if self._work.flops:
+      pace["teraflops_per_second"] = rate * self._work.flops / 1e12
+      if self._work.peak:
+        pace["mfu"] = rate * self._work.flops / self._work.peak
+    return pace

@@ -40,7 +40,7 @@ def section(name: str) -> str:
   first, slash, _ = name.partition("/")
   if first == "loss":
     return LOSS
-  if first in ("goodput", "images_per_second"):
+  if first in ("goodput", "images_per_second", "teraflops_per_second", "mfu"):
     return TIME
   return EVALUATION if slash else TRAINING
 

@@ -11,7 +11,7 @@ POINTS = 2000  # A line has so many at most: more than a screen has pixels for.
 DIRECTIONS = (
   (min, ("loss*", "*mse*", "*frechet*", "fid_*", "sfid_*", "kid_*", "*error*")),
   (max, ("*accuracy*", "agreement", "top[15]", "*shot*", "*knn*", "is_*", "score*", "select")),
-  (max, ("precision*", "recall*", "images_per_second")),
+  (max, ("precision*", "recall*", "images_per_second", "teraflops_per_second", "mfu")),
   (None, ("*_std", "*_std_*", "lr", "*_floor", "*_ceiling", "*_test")),
 )
 

@@ -1,0 +1,256 @@
+"""Images/s of the training step beside the same step as the public code computes it.
+
+python -m benchmarks.train_step --cases ti4_32 s4_64 --methods umd mae dit maskdit --repeats 5
+
+Every variant is the trainer's step (loss, gradient, clipping, AdamW, average, guard) with the same
+weights, batch and random numbers, on synthetic images; they run in turns in one process, so that
+what else the machine does slows all of them. `ours` is the model as it is by default, `plain` what
+`benchmarks/plain.py` says, others are ours with the options that their names say. GFLOP/s are of
+the model's own matrix products (`umd.flops`): work done again to save memory does not count.
+Memory is the compiler's account of one device: arguments (state and batch) and temporaries.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.plain import Plain
+from configs import common
+from tools.command_line import positive, run
+from trainers import methods
+from umd import chips, flops, optim
+from umd.guard import init_guard
+from umd.models.autoencoder import AutoEncoder
+from umd.objectives import Objective
+from umd.paths import make_path
+from umd.sharding import make_mesh, put_batch, replicate
+from umd.state import Step, TrainState, make_train_step
+
+# name: variant, side of the images in pixels, batch.
+CASES = {
+  "nano_16": ("nano/4", 16, 8),  # for tests
+  "ti4_32": ("Ti/4", 32, 64),
+  "s4_64": ("S/4", 64, 16),
+  "b4_64": ("B/4", 64, 256),
+}
+METHODS = ("umd", "mae", "dit", "maskdit")
+# name: class of the model, and options of it that are not the defaults.
+VARIANTS = {
+  "ours": (AutoEncoder, {}),
+  "plain": (Plain, {}),
+  "scan": (AutoEncoder, dict(scan=True)),
+  "dots": (AutoEncoder, dict(remat="dots")),
+  "remat": (AutoEncoder, dict(remat="full")),
+  "scan_remat": (AutoEncoder, dict(scan=True, remat="full")),
+  "shared": (AutoEncoder, dict(condition="adaln_shared")),
+}
+STEPS = 1000  # of the learning rate's schedule
+
+
+class Candidate(NamedTuple):
+  """A compiled step that takes part.
+
+  Attributes:
+    compiled: (state, batch, ()) -> (state, metrics).
+    state: to begin from; donated.
+    batch: on the devices.
+    row: what is known of it before it has run.
+  """
+
+  compiled: Any
+  state: TrainState
+  batch: dict
+  row: dict
+
+
+def random_state(model: AutoEncoder, tx) -> TrainState:
+  """A state with weights from NumPy, the same for every variant: compiling `init` takes longer."""
+  blank = jnp.zeros((1, *model.image_size)), jnp.zeros(1, jnp.int32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), *blank)["params"]
+  rng = np.random.default_rng(0)
+  draw = lambda path, x: 0.02 * rng.standard_normal(x.shape) + (path[-1].key == "scale")
+  draw32 = lambda path, x: draw(path, x).astype(np.float32)
+  params = jax.tree_util.tree_map_with_path(draw32, shapes)
+  make = lambda p: TrainState(jnp.int32(0), p, p, tx.init(p), init_guard())
+  zeros = lambda x: np.zeros(x.shape, x.dtype)
+  return jax.tree.map(zeros, jax.eval_shape(make, params)).replace(params=params, ema_params=params)
+
+
+def parts(case: str, method: str, dtype: str, variant: str) -> tuple[Step, TrainState, dict, float]:
+  """(the trainer's step, a state, a batch, FLOPs of a step) of one variant.
+
+  The guard and the average are on, as they are by default; MAE has no AdaLN, as in the paper.
+  """
+  size_name, side, batch_size = CASES[case]
+  kind, options = VARIANTS[variant]
+  size = (side, side, 3)
+  options = {"condition": "token" if method == "mae" else "adaln", **options}
+  model = kind(size_name, size, dtype=dtype, **options)
+  streams = methods.make_streams(common.streams(**common.METHODS[method]))
+  mesh, path = make_mesh(), make_path("cosine", 1000)
+  settings = common.optim(common.scaled(1.5e-4, batch_size), 0.05, 0.95)
+  schedule = optim.make_schedule(settings.pop("lr"), STEPS, settings.pop("warmup"))
+  tx = optim.make_optimizer(schedule, **settings)
+  state = replicate(random_state(model, tx), mesh)
+  objective = Objective(model, path, streams, batch_size)
+  step = make_train_step(objective, tx, schedule, ema_decay=0.9999, seed=0, state=state)
+  images = np.random.default_rng(0).uniform(-1, 1, (batch_size, *size)).astype(np.float32)
+  batch = put_batch({"image": images, "label": np.zeros(batch_size, np.int32)}, mesh)
+  return step, state, batch, flops.train_step(model, streams, batch_size)
+
+
+def compile_step(case: str, method: str, dtype: str, variant: str) -> Candidate:
+  """Compiles one variant, and takes its first step."""
+  step, state, batch, work = parts(case, method, dtype, variant)
+  start = time.perf_counter()
+  compiled = step.lower(state, batch).compile()
+  seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
+  state, metrics = compiled(state, batch, ())
+  row = dict(
+    case=case,
+    method=method,
+    dtype=dtype,
+    variant=variant,
+    gflop_per_step=work / 1e9,
+    compile_seconds=seconds,
+    arguments_mib=memory.argument_size_in_bytes / 2**20,
+    temporaries_mib=memory.temp_size_in_bytes / 2**20,
+    first_loss=float(metrics["loss"]),
+  )
+  return Candidate(compiled, state, batch, row)
+
+
+def time_in_turns(candidates: list[Candidate], repeats: int, inner: int) -> list[list[float]]:
+  """Seconds of a step, for each candidate and round; a round is `inner` steps of each."""
+  seconds, states = [[] for _ in candidates], [c.state for c in candidates]
+  for _ in range(repeats):
+    for i, candidate in enumerate(candidates):
+      start = time.perf_counter()
+      for _ in range(inner):
+        states[i], _ = candidate.compiled(states[i], candidate.batch, ())
+      jax.block_until_ready(states[i])
+      seconds[i].append((time.perf_counter() - start) / inner)
+  return seconds
+
+
+def summarise(candidates: list[Candidate], seconds: list[list[float]]) -> Iterator[dict]:
+  """A row per candidate; `times_plain` is the median over the rounds, with the extremes."""
+  names = [c.row["variant"] for c in candidates]
+  plain = seconds[names.index("plain")] if "plain" in names else None
+  device = jax.devices()[0]
+  for candidate, own in zip(candidates, seconds, strict=True):
+    row, middle = candidate.row, statistics.median(own)
+    rate = 1e9 * row["gflop_per_step"] / middle / jax.device_count()
+    peak = chips.peak_flops(device.device_kind, row["dtype"])
+    batch_size = len(candidate.batch["label"])
+    more = dict(
+      images_per_second=batch_size / middle,
+      images_per_second_best=batch_size / min(own),
+      gflops_per_second=rate / 1e9,
+      mfu=rate / peak if peak else None,
+      device_peak_mib=((device.memory_stats() or {}).get("peak_bytes_in_use", 0)) / 2**20 or None,
+    )
+    if plain:
+      ratios = [b / a for a, b in zip(own, plain, strict=True)]
+      more |= dict(
+        times_plain=statistics.median(ratios),
+        times_plain_range=(min(ratios), max(ratios)),
+      )
+    yield {**row, **more, "seconds": own}
+
+
+def machine(args: argparse.Namespace) -> dict:
+  """When, where and on what this ran."""
+  return {
+    "benchmark": "train_step",
+    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "machine": platform.platform(),
+    "cores": os.cpu_count(),
+    "load": os.getloadavg()[0],
+    "device": jax.devices()[0].device_kind,
+    "devices": jax.device_count(),
+    "jax": jax.__version__,
+    "repeats": args.repeats,
+    "inner": args.inner,
+  }
+
+
+# Heading: key of a row, format of the cell.
+COLUMNS = {
+  "case": ("case", "{}"),
+  "method": ("method", "{}"),
+  "dtype": ("dtype", "{}"),
+  "variant": ("variant", "{}"),
+  "images/s": ("images_per_second", "{:.2f}"),
+  "best": ("images_per_second_best", "{:.2f}"),
+  "x plain": ("times_plain", "{:.2f}"),
+  "(range)": ("times_plain_range", "{0[0]:.2f}-{0[1]:.2f}"),
+  "GFLOP": ("gflop_per_step", "{:.0f}"),
+  "GFLOP/s": ("gflops_per_second", "{:.0f}"),
+  "MFU": ("mfu", "{:.1%}"),
+  "compile s": ("compile_seconds", "{:.1f}"),
+  "args MiB": ("arguments_mib", "{:.0f}"),
+  "temp MiB": ("temporaries_mib", "{:.0f}"),
+  "loss": ("first_loss", "{:.5f}"),
+}
+
+
+def cells(row: dict) -> str:
+  """A row of the table; what is not known is "-"."""
+  shown = []
+  for heading, (key, form) in COLUMNS.items():
+    value = row.get(key)
+    shown.append(("-" if value is None else form.format(value)).rjust(max(10, len(heading))))
+  return " ".join(shown)
+
+
+def measure(args: argparse.Namespace) -> Iterator[dict]:
+  """Rows of all that is asked for, each case, method and dtype on its own."""
+  for case in args.cases:
+    for method in args.methods:
+      for dtype in args.dtypes:
+        candidates = [compile_step(case, method, dtype, v) for v in args.variants]
+        yield from summarise(candidates, time_in_turns(candidates, args.repeats, args.inner))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    prog="benchmarks.train_step", description=__doc__.split("\n", maxsplit=1)[0]
+  )
+  several = lambda known, default: dict(nargs="+", choices=known, default=default)
+  parser.add_argument("--cases", **several(tuple(CASES), ["ti4_32"]), help="sizes, see CASES")
+  parser.add_argument("--methods", **several(METHODS, list(METHODS)))
+  parser.add_argument("--dtypes", **several(("float32", "bfloat16"), ["float32"]))
+  parser.add_argument("--variants", **several(tuple(VARIANTS), ["ours", "plain"]))
+  parser.add_argument("--repeats", type=positive, default=5, help="rounds; medians are over them")
+  parser.add_argument("--inner", type=positive, default=1, help="steps of a variant in each round")
+  parser.add_argument("--out", help="append JSON lines to this file")
+  return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+  args = parse(argv)
+
+  def work() -> None:
+    print(" ".join(heading.rjust(max(10, len(heading))) for heading in COLUMNS))
+    for row in measure(args):
+      print(cells(row), flush=True)
+      if args.out:
+        with open(args.out, "a", encoding="utf-8") as f:
+          f.write(json.dumps({**machine(args), **row}) + "\n")
+
+  run(work)
+
+
+if __name__ == "__main__":
+  main()
