@@ -30,9 +30,12 @@ from umd.inputs import ALL
 from umd.pretrained import BATCH, RESAMPLING, Pretrained, load
 from umd.progress import format_seconds, say
 from umd.quantize import QUANTIZERS
-from umd.samplers import SAMPLERS
+from umd.samplers import SAMPLERS, SPACINGS
 
-SETTINGS = ("sampler", "steps", "head", "cfg_scale", "cfg_channels", "guidance_interval", "eta")
+SETTINGS = (
+  *("sampler", "steps", "head", "cfg_scale", "cfg_channels", "guidance_interval"),
+  *("spacing", "eta"),
+)
 NONE = "none"
 CLASSES, EACH, MANY = 10, 8, 64  # Unless it is said: so many classes, of each, without classes.
 
@@ -176,7 +179,7 @@ def checkpoint(text: str) -> int | str:
 
 def add_sampling(add) -> None:
   """Settings of sampling; those left out are the run's own."""
-  add("--sampler", choices=SAMPLERS)
+  add("--sampler", choices=SAMPLERS, help="dpmpp_2m needs the fewest steps, see docs/sampling.md")
   add("--steps", type=positive, help="of the sampler")
   add("--head", help="that the sampler reads: eps, x0 or v")
   add("--cfg_scale", type=float, help="classifier-free guidance; 1 is none")
@@ -185,6 +188,7 @@ def add_sampling(add) -> None:
     *("--guidance_interval",),
     **dict(type=interval, metavar="LOW,HIGH", help="guide between these shares of T only"),
   )
+  add("--spacing", choices=SPACINGS, help="of the steps: even in t, or denser where it is clean")
   add("--eta", type=float, help="of ddim: 0 is deterministic, 1 ancestral")
 
 

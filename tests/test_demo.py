@@ -18,7 +18,7 @@ from tools.demo_page import about, canvas, images
 from tools.demo_page.session import FRAMES, Session
 from umd import load, pictures
 from umd.data import from_arrays
-from umd.samplers import Trajectory
+from umd.programs import Denoised
 
 SIZE = pretrained_runs.SIZE
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,7 +156,7 @@ def test_held_out_images_are_those_that_were_not_trained_on():
 
 def test_the_last_picture_shows_the_samples(page, model):
   shown = list(page.sample("3,seven", 4, seed=5, steps=3))
-  assert [text.split(":")[0] for _, text in shown[:-1]] == [f"Step {i} of 3" for i in (1, 2, 3)]
+  assert [text.split(":")[0] for _, text in shown[:-1]] == [f"Step {i} of 3" for i in (1, 2)]
   assert "4 samples: ddim, 3 steps" in shown[-1][1]
   samples = model.sample([3, 7], 4, seed=5, steps=3)
   ((only, _),) = page.sample("3,seven", 4, seed=5, steps=3, watch=False)
@@ -170,13 +170,46 @@ def test_the_last_picture_shows_the_samples(page, model):
   )
 
 
-def test_of_many_steps_a_few_are_shown(page, monkeypatch):
-  steps = 100
-  passed = Trajectory(np.zeros((steps, 1, *SIZE), np.uint8), np.zeros((steps, 1, *SIZE), np.uint8))
-  monkeypatch.setattr(type(page.model), "trajectory", lambda *args, **given: passed)
-  shown = [text for _, text in page.sample("none", 1)]
-  assert len(shown) == FRAMES + 1
-  assert shown[0].startswith("Step 1 of 100") and shown[-2].startswith("Step 100 of 100")
+def test_of_many_steps_a_few_are_shown_as_soon_as_they_are_there(page, monkeypatch):
+  taken, blank = [], np.zeros((1, *SIZE), np.uint8)
+
+  def steps(model, labels, num, *, every, steps, **settings):
+    for step in range(1, steps + 1):
+      if step % every == 0 or step == steps:
+        taken.append(step)
+        yield Denoised(step, steps - step, blank)
+
+  monkeypatch.setattr(type(page.model), "steps", steps)
+  monkeypatch.setattr(type(page), "timesteps", 100)
+  monkeypatch.setattr(type(page.model), "check_sampling", lambda *args, **given: OWN | given)
+  shown = page.sample("none", 1, steps=100)
+  assert taken == []
+  assert next(shown)[1].startswith("Step 5 of 100") and taken == [5]
+  texts = [text for _, text in shown]
+  assert 15 < len(texts) <= FRAMES and texts[-2].startswith("Step 95 of 100")
+  assert texts[-1].startswith("1 sample: ")
+
+
+OWN = {"sampler": "ddim", "steps": 100, "cfg_scale": 1, "guidance_interval": (0, 1)}
+
+
+def test_a_page_that_is_left_frees_the_model(page):
+  shown = page.sample("none", 1, steps=3)
+  next(shown)
+  shown.close()
+  assert not page._lock.locked()
+
+
+def test_advanced_settings_reach_the_sampler(page, monkeypatch):
+  asked = {}
+  monkeypatch.setattr(type(page.model), "check_sampling", lambda *args, **given: asked | given)
+  given = page._settings(None, None, None, None, "ddim", 3, "logsnr", 0.5, "x0", 1)
+  assert given == dict(sampler="ddim", steps=3, spacing="logsnr", eta=0.5, head="x0")
+  labels = np.array([3])
+  given = page._settings(labels, 2.0, 0.0, 1.0, "heun", 3, "uniform", 0, "", 1)
+  assert given["cfg_channels"] == 1 and "eta" not in given and "head" not in given
+  with pytest.raises(ValueError, match=r"cfg_channels=2 must be in 0\.\.1"):
+    page._settings(labels, 2.0, 0.0, 1.0, "heun", 3, "uniform", 0, "", 2)
 
 
 @pytest.mark.parametrize(
@@ -188,13 +221,16 @@ def test_of_many_steps_a_few_are_shown(page, monkeypatch):
     (dict(steps=21), r"steps=21 must be in 1\.\.20"),
     (dict(steps=2.5), r"steps=2\.5 must be a whole number"),
     (dict(sampler="euler"), r"sampler='euler' is not one of ddim"),
+    (dict(sampler="heun", eta=0.5), r"Unknown sampling options \['eta'\].*'heun'"),
+    (dict(spacing="log"), r"spacing='log' is not one of"),
+    (dict(head="v"), r"head='v' is not among"),
     (dict(label="sevn"), r"Did you mean 'seven'"),
     (dict(label="all", cfg_scale=-1), r"cfg_scale=-1 must be in"),
     (dict(label="all", cfg_scale=2.0, low=0.8, high=0.2), r"guidance_interval"),
   ],
 )
 def test_bad_settings_are_refused_before_anything_is_computed(page, monkeypatch, given, message):
-  for name in ("sample", "trajectory"):
+  for name in ("sample", "steps"):
     monkeypatch.setattr(type(page.model), name, lambda *args, **given: pytest.fail("computed"))
   with pytest.raises(ValueError, match=message):
     list(page.sample(**given))
@@ -326,6 +362,13 @@ def test_programs_use_the_page_through_its_endpoints(page, tmp_path):
     given = dict(label="three", num=2, seed=1, steps=2, watch=False, api_name="/sample")
     grid, status = client.predict(**given)
     assert np.asarray(Image.open(grid)).ndim == 3 and "2 samples" in status
+    changed = dict(watch=True, steps=3, sampler="dpmpp_2m", spacing="logsnr", head="x0")
+    watched = client.submit(**given | changed)
+    assert "dpmpp_2m, 3 steps" in watched.result()[1]
+    assert [text.split(":")[0] for _, text in watched.outputs()[:-1]] == [
+      "Step 1 of 3",
+      "Step 2 of 3",
+    ]
     image, mask = tmp_path / "image.png", tmp_path / "mask.png"
     Image.fromarray(page.examples.images[0][..., 0]).save(image)
     Image.fromarray(box(0, 0, 2, 2).astype(np.uint8) * 255).save(mask)

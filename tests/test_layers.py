@@ -37,7 +37,7 @@ ALONE |= {"umd.inputs"}
 ALLOWED = {
   **dict.fromkeys(PURE, PURE),
   "umd.models": PURE | {"umd.models"},
-  "umd.samplers": {"umd.paths"},
+  "umd.samplers": {"umd.paths", "umd.samplers"},
   "umd.objectives": PURE | {"umd.models"},
   "umd.kl_objective": {"umd.models"},
   "umd.inference": PURE | {"umd.models", "umd.objectives", "umd.samplers"},

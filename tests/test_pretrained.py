@@ -150,6 +150,45 @@ def test_a_trajectory_ends_in_the_samples(model):
   assert (found.x_t[0] != samples).mean() > 0.3
 
 
+OTHERS = ("ddpm", "heun", "dpmpp_2m", "ab2")
+
+
+@pytest.mark.parametrize("sampler", OTHERS)
+def test_every_sampler_is_taken_step_by_step_as_at_once(model, sampler):
+  given = dict(labels=[3, 7], num=3, seed=3, sampler=sampler, head="x0", quantize="none")
+  *on_the_way, last = model.steps(**given)
+  assert [(d.step, d.t) for d in (*on_the_way, last)] == [(1, 15), (2, 10), (3, 5), (4, 0)]
+  assert last.x0.shape == (3, *SIZE)  # Of a batch that the devices share: one was filled up.
+  np.testing.assert_allclose(last.x0, model.sample(**given), atol=1e-3)
+  assert np.abs(on_the_way[0].x0 - last.x0).mean() > 0.02
+  assert (np.abs(last.x0) < 1).mean() > 0.1  # Else clipping would make all samplers alike.
+
+
+def test_steps_show_the_way_that_a_trajectory_has_and_compile_once(model):
+  given = dict(labels=[3, 7], num=8, seed=3)
+  found, steps = model.trajectory(**given), list(model.steps(**given))
+  for wanted, step in zip(found.x0, steps, strict=True):
+    assert (step.x0.dtype, step.x0.shape) == (np.uint8, wanted.shape)
+    assert np.abs(step.x0.astype(int) - wanted).max() <= 1
+  programs = {key: p for key, p in model._programs._compiled.items() if key[0] == "advance"}
+  few = list(model.steps(**given, steps=7, every=3, spacing="quadratic"))
+  assert [d.step for d in few] == [3, 6, 7] and few[-1].t == 0
+  again = {key: p for key, p in model._programs._compiled.items() if key[0] == "advance"}
+  assert again.keys() == programs.keys()  # Neither numbers nor places of steps are in a program.
+  own = next(p for key, p in again.items() if ("sampler", "ddim") in key)
+  assert own._cache_size() == 1
+  samples = model.sample(**given, steps=7, spacing="quadratic")
+  assert np.abs(few[-1].x0.astype(int) - samples).max() <= 1
+
+
+def test_two_devices_step_as_one_does(workdir):
+  one, two = (load(workdir, devices=jax.local_devices()[:n]) for n in (1, 2))
+  given = dict(labels=[3, 7], num=3, seed=3, sampler="dpmpp_2m", quantize="none")
+  for a, b in zip(one.steps(**given), two.steps(**given), strict=True):
+    assert (a.step, a.t) == (b.step, b.t)
+    np.testing.assert_allclose(a.x0, b.x0, atol=1e-3)
+
+
 def test_inpainting_keeps_what_is_known_and_does_not_look_at_the_rest(model):
   made = model.inpaint(IMAGES, BOX, 3, resampling=2)
   np.testing.assert_array_equal(made[:, ~BOX], IMAGES[:, ~BOX])
@@ -217,6 +256,11 @@ def test_a_model_of_latents_takes_and_gives_pixels(latent_model, monkeypatch):
     (lambda m: m.sample(10), r"label 10 must be in 0\.\.9"),
     (lambda m: m.sample([1.5]), r"label 1\.5 must be in 0\.\.9"),
     (lambda m: m.sample(1, num=0), r"num=0 must be at least 1"),
+    (lambda m: m.sample(1, spacing="log"), r"spacing='log' is not one of \['uniform'"),
+    (lambda m: m.sample(1, sampler="ab2", eta=0.5), r"options \['eta'\].*'ab2'.*'spacing'"),
+    (lambda m: m.steps(1, every=0), r"every=0 must be at least 1"),
+    (lambda m: m.steps(1, seed=-1), r"seed=-1 must be in"),
+    (lambda m: m.steps(1, steps=T + 1), rf"steps={T + 1} must be in \[1, timesteps={T}\]"),
     (lambda m: m.sample(1, stps=3), r"Unknown sampling options \['stps'\].*'eta'"),
     (lambda m: m.sample(1, steps=T + 1), rf"steps={T + 1} must be in \[1, timesteps={T}\]"),
     (lambda m: m.sample(cfg_scale=2.0), r"cfg_scale=2\.0 guides by labels"),

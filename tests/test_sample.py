@@ -218,6 +218,14 @@ def test_trajectories_are_animations_that_end_in_the_samples(run, tmp_path, kind
     assert np.abs(found - wanted[0, ..., 0]).max() <= 2
 
 
+def test_flags_of_sampling_are_its_settings():
+  flags = "--sampler dpmpp_2m --spacing logsnr --steps 9 --head x0 --cfg_channels 1"
+  given = sample.settings_of(sample.parse(["--workdir", "x", *flags.split()]))
+  assert given == dict(sampler="dpmpp_2m", spacing="logsnr", steps=9, head="x0", cfg_channels=1)
+  with pytest.raises(SystemExit):
+    sample.parse(["--workdir", "x", "--spacing", "log"])
+
+
 BAD = {
   "a workdir that is none": (dict(workdir="nowhere"), "nowhere'; there is no such folder"),
   "a class that is none": (dict(labels="thre"), "'thre' is no class of the model. Did you mean"),

@@ -1,6 +1,7 @@
 """Samplers: against the exact denoiser of Gaussian data, whose probability flow is known."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,13 @@ from umd.inference import Inference
 from umd.masking import unpatchify
 from umd.paths import PATHS, Path, make_path
 
-T, MU, SD = 960, 0.3, 0.5
+T, FINE, MU, SD = 960, 10_000, 0.3, 0.5
 EVERY = {
-  "ddim": samplers.ddim,
+  **samplers.SAMPLERS,
   "ddim, eta .5": functools.partial(samplers.ddim, eta=0.5),
   "ddim, eta 1": functools.partial(samplers.ddim, eta=1.0),
-  "ddpm": samplers.ddpm,
-  "heun": samplers.heun,
 }
+RANDOM = {"ddpm", "ddim, eta .5", "ddim, eta 1"}
 
 every_path = pytest.mark.parametrize("name", PATHS)
 every_sampler = pytest.mark.parametrize("sampler", EVERY)
@@ -44,8 +44,9 @@ def keys_for(count, seed=1):
   return jax.random.split(jax.random.key(seed), count)
 
 
-def run(sampler, path, x, steps, denoise=None):
-  walk = jax.jit(lambda x, keys: sampler(denoise or gaussian(path), path, x, keys, steps))
+def run(make, path, x, steps, denoise=None):
+  sampler = make(denoise or gaussian(path), path)
+  walk = jax.jit(lambda x, keys: samplers.walk(sampler, x, keys, steps))
   return np.asarray(walk(x, keys_for(len(x))))
 
 
@@ -82,12 +83,134 @@ def even_angles():
     # These leave t = 0 like sqrt(t), so the last step, which is DDIM's, shrinks too slowly.
     ("heun", "cosine", 2.4, 3.4),
     ("heun", "linear", 2.4, 3.4),
+    ("ab2", "flow", 3.7, 4.7),
+    ("ab2", "even", 3.7, 4.7),
+    ("ab2", "cosine", 2.7, 3.7),
   ],
 )
 def test_doubling_the_steps_divides_the_error_by_the_order(sampler, name, low, high):
   path = even_angles() if name == "even" else make_path(name, T)
   coarse, fine = (flow_error(EVERY[sampler], path, steps) for steps in (40, 80))
   assert low < coarse / fine < high
+
+
+@every_path
+def test_dpm_solver_is_of_second_order_in_the_log_snr(name):
+  """From 20 steps on: with more, rounding makes steps at the ends uneven."""
+  path = make_path(name, FINE)
+  solver = functools.partial(samplers.dpmpp_2m, spacing="logsnr")
+  coarse, fine = (flow_error(solver, path, steps) for steps in (20, 40))
+  assert 3.5 < coarse / fine < 5
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "ab2"])
+@every_path
+def test_steps_of_second_order_beat_ddim_at_twice_the_evaluations(name, sampler):
+  path = make_path(name, T)
+  quadratic = {"spacing": "quadratic"}
+  error = flow_error(functools.partial(EVERY[sampler], **quadratic), path, 20)
+  assert error < flow_error(functools.partial(samplers.ddim, **quadratic), path, 40) / 1.5
+
+
+def paper_2m(ts, path, x, predict):
+  """Algorithm 2 of Lu et al. (2022), line by line, in float64; first order onto t = 0."""
+  alpha, sigma = path.table["x_t"].T
+  lam = np.log(alpha, where=alpha > 0, out=np.full(len(alpha), -np.inf)) - np.log(sigma + 1e-300)
+  previous = None
+  for i in range(1, len(ts)):
+    s, t = ts[i - 1], ts[i]  # The paper steps from s = t_{i-1} to t = t_i.
+    x0, h = predict(x, s), lam[t] - lam[s]
+    if previous is None or t == 0:
+      d = x0
+    else:
+      r = (lam[s] - lam[ts[i - 2]]) / h
+      d = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * previous
+    x, previous = sigma[t] / sigma[s] * x - alpha[t] * np.expm1(-h) * d, x0
+  return x
+
+
+@pytest.mark.parametrize("spacing", samplers.SPACINGS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 12])
+def test_dpm_solver_is_the_papers_algorithm_2(spacing, steps):
+  path, x = make_path("cosine", T), normal(16)
+  alpha, sigma = path.table["x_t"].T
+
+  def predict(x, t):  # As `gaussian`, in float64.
+    a, s = alpha[t], sigma[t]
+    return MU + a * SD**2 / (a**2 * SD**2 + s**2) * (x - a * MU)
+
+  solver = functools.partial(samplers.dpmpp_2m, spacing=spacing)
+  wanted = paper_2m(samplers.step_schedule(steps, path, spacing), path, np.float64(x), predict)
+  np.testing.assert_allclose(run(solver, path, x, steps), wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("spacing", ["uniform", "karras"])
+@pytest.mark.parametrize("steps", [5, 20])
+def test_dpm_solver_is_that_of_diffusers(spacing, steps):
+  """Which has timesteps 0..T - 1 for our 1..T, and is given ours."""
+  torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+  solvers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+  path, x = make_path("linear", 1000), normal(16)
+  solver = solvers.DPMSolverMultistepScheduler(
+    beta_start=1e-4, beta_end=2e-2, prediction_type="sample", final_sigmas_type="zero"
+  )
+  ts, exact = samplers.step_schedule(steps, path, spacing), gaussian(path)
+  solver.set_timesteps(timesteps=(ts[:-1] - 1).tolist())
+  theirs = torch.tensor(np.asarray(x))
+  for t in ts[:-1]:
+    x0 = np.asarray(exact(jnp.asarray(theirs.numpy()), jnp.int32(t))[0])
+    theirs = solver.step(torch.tensor(x0), int(t) - 1, theirs).prev_sample
+  ours = run(functools.partial(samplers.dpmpp_2m, spacing=spacing), path, x, steps)
+  np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-3, atol=1e-3)
+
+
+def test_x0_that_changes_evenly_in_the_log_snr_is_taken_at_the_middle_of_the_step():
+  """Whatever the lengths of the steps, and also where the one before was longer."""
+  path, ts = make_path("cosine", T), (800, 500, 350, 290)
+  alpha, sigma = path.table["x_t"].T
+  lam = np.log(alpha[1:] / sigma[1:])
+  lam = np.concatenate([[np.inf], lam])
+  clock = jnp.asarray(lam, jnp.float32)
+
+  def denoise(x_t, t):
+    x0 = jnp.full_like(x_t, 0.2) + 0.3 * clock[t]
+    return x0, jnp.zeros_like(x_t)
+
+  sampler = samplers.dpmpp_2m(denoise, path)
+  state = sampler.start(normal(4))
+  for t, s in itertools.pairwise(ts):
+    x, (state, _) = np.float64(state.x), sampler.step(state, None, jnp.int32(t), jnp.int32(s))
+    middle = lam[t] if t == ts[0] else (lam[t] + lam[s]) / 2  # The first step knows but its start.
+    wanted = sigma[s] / sigma[t] * x - alpha[s] * np.expm1(lam[t] - lam[s]) * (0.2 + 0.3 * middle)
+    np.testing.assert_allclose(state.x, wanted, rtol=1e-4)
+
+
+def test_adams_bashforth_is_exact_where_the_velocity_changes_evenly():
+  """d x / d time = a + b time, after a first step of Euler's, with steps of any lengths."""
+  path, ts, a, b = make_path("flow", 100), (100, 80, 50, 45, 10), 0.7, -1.3
+
+  def denoise(x_t, t):
+    v = a + b * t / 100
+    x0 = x_t - t / 100 * v
+    return x0, x0 + v
+
+  sampler = samplers.ab2(denoise, path)
+  state = sampler.step(sampler.start(normal(4)), None, jnp.int32(ts[0]), jnp.int32(ts[1]))[0]
+  x, s = np.float64(state.x), np.array(ts) / 100
+  for i in range(1, len(ts) - 1):
+    state = sampler.step(state, None, jnp.int32(ts[i]), jnp.int32(ts[i + 1]))[0]
+    wanted = x + a * (s[i + 1] - s[1]) + b * (s[i + 1] ** 2 - s[1] ** 2) / 2
+    np.testing.assert_allclose(state.x, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_ddim_is_eulers_method_on_the_flow_path():
+  path, x, steps = make_path("flow", T), normal(8), 6
+  ts = samplers.step_schedule(steps, path)
+  found, wanted = run(samplers.ddim, path, x, steps), x
+  for t, s in itertools.pairwise(ts):
+    v = path.combine("v", *gaussian(path)(wanted, jnp.int32(t)), jnp.int32(t))
+    wanted = wanted + (s - t) / T * v
+  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear"])
@@ -131,27 +254,68 @@ def test_ddim_adds_the_noise_of_song_et_al(name, eta):
 @every_sampler
 def test_an_image_depends_on_its_own_noise_and_key_alone(sampler):
   path, x, keys = make_path("cosine", 10), normal(4), keys_for(4)
-  walk = jax.jit(lambda x, keys: EVERY[sampler](gaussian(path), path, x, keys, 5).ravel())
+  made = EVERY[sampler](gaussian(path), path)
+  walk = jax.jit(lambda x, keys: samplers.walk(made, x, keys, 5).ravel())
   samples, order = np.asarray(walk(x, keys)), jnp.array([2, 0, 3, 1])
   np.testing.assert_allclose(walk(x[order], keys[order]), samples[order], rtol=1e-5)
   changed = walk(x, keys.at[1].set(jax.random.key(9))) != samples
-  np.testing.assert_array_equal(changed, [False, sampler not in ("ddim", "heun"), False, False])
+  np.testing.assert_array_equal(changed, [False, sampler in RANDOM, False, False])
 
 
 @pytest.mark.parametrize("eta", [-0.5, 1.5])
 def test_eta_outside_0_1_is_refused(eta):
   path = make_path("cosine", 10)
   with pytest.raises(ValueError, match=rf"eta={eta} must be in \[0, 1\]"):
-    samplers.ddim(gaussian(path), path, normal(2), keys_for(2), 5, eta=eta)
+    samplers.ddim(gaussian(path), path, eta=eta)
 
 
 @pytest.mark.parametrize("timesteps", [1, 7, 1000])
 def test_every_number_of_steps_falls_strictly_and_evenly_from_T_to_0(timesteps):
+  path = make_path("cosine", timesteps)
   for steps in range(1, timesteps + 1):
-    ts = samplers.step_schedule(steps, timesteps)
+    ts = samplers.step_schedule(steps, path)
     assert len(ts) == steps + 1 and (ts[0], ts[-1]) == (timesteps, 0)
     assert (np.diff(ts) < 0).all(), steps
     assert np.abs(ts - np.linspace(timesteps, 0, steps + 1)).max() <= 0.5 + 1e-9, steps
+
+
+@pytest.mark.parametrize("spacing", samplers.SPACINGS)
+@every_path
+def test_every_spacing_falls_strictly_from_T_to_0_in_as_many_steps_as_asked(name, spacing):
+  for timesteps in (1, 2, 10, 1000):
+    path = make_path(name, timesteps)
+    for steps in {1, 2, 3, timesteps // 4, timesteps // 2, timesteps - 1, timesteps}:
+      if not 1 <= steps <= timesteps:
+        continue
+      ts = samplers.step_schedule(steps, path, spacing)
+      assert len(ts) == steps + 1 and (ts[0], ts[-1]) == (timesteps, 0)
+      assert (np.diff(ts) < 0).all(), (timesteps, steps)
+
+
+def test_spacings_are_even_in_what_they_are_named_after():
+  """All but the first and the last step, and up to rounding, which many timesteps make small."""
+  path = make_path("cosine", FINE)
+  alpha, sigma = path.table["x_t"].T
+  even_in = {
+    "uniform": lambda t: t / FINE,
+    "quadratic": lambda t: np.sqrt(t / FINE),
+    "logsnr": lambda t: np.log(alpha[t] / sigma[t]),
+    "karras": lambda t: (sigma[t] / alpha[t]) ** (1 / 7),
+  }
+  for spacing, coordinate in even_in.items():
+    ts = samplers.step_schedule(12, path, spacing)
+    gaps = np.diff(coordinate(ts[1:-1]))
+    np.testing.assert_allclose(gaps, gaps.mean(), rtol=0.1, err_msg=spacing)
+
+
+@every_sampler
+def test_a_sampler_goes_by_its_spacing_and_refuses_one_that_is_none(sampler):
+  path = make_path("cosine", T)
+  made = EVERY[sampler](gaussian(path), path, spacing="quadratic")
+  np.testing.assert_array_equal(made.timesteps(5), samplers.step_schedule(5, path, "quadratic"))
+  assert (made.timesteps(5) != samplers.step_schedule(5, path)).any()
+  with pytest.raises(ValueError, match=r"spacing='log' is not one of \['uniform', 'quadratic'"):
+    EVERY[sampler](gaussian(path), path, spacing="log")
 
 
 @pytest.mark.parametrize("steps", [-1, 0, 11])
@@ -159,7 +323,7 @@ def test_every_number_of_steps_falls_strictly_and_evenly_from_T_to_0(timesteps):
 def test_steps_outside_1_T_are_named(sampler, steps):
   path = make_path("flow", 10)
   with pytest.raises(ValueError, match=rf"steps={steps} must be in \[1, timesteps=10\]"):
-    EVERY[sampler](gaussian(path), path, normal(2), keys_for(2), steps)
+    samplers.walk(EVERY[sampler](gaussian(path), path), normal(2), keys_for(2), steps)
 
 
 @pytest.mark.parametrize("timesteps, steps", [(10, 1), (10, 10), (1000, 62)])
@@ -175,8 +339,9 @@ def test_each_step_asks_the_denoiser_once_and_heun_twice_but_for_the_last(
 
   run(samplers.SAMPLERS[sampler], path, normal(2), steps, denoise)
   jax.effects_barrier()
-  ts = samplers.step_schedule(steps, timesteps)[:-1].tolist()
+  ts = samplers.step_schedule(steps, path)[:-1].tolist()
   assert asked == (sorted(ts + ts[1:], reverse=True) if sampler == "heun" else ts)
+  assert len(asked) == samplers.evaluations(sampler, steps)
 
 
 @every_path
@@ -197,8 +362,8 @@ def test_clipped_x0_is_bounded_and_still_explains_x_t(name, bound):
 @pytest.mark.parametrize("sampler", samplers.SAMPLERS)
 def test_a_trajectory_is_the_way_that_the_sampler_takes(name, sampler):
   path, x, keys, steps = make_path(name, T), normal(8), keys_for(8), 6
-  step, ts = samplers.STEPS[sampler](gaussian(path), path), samplers.step_schedule(steps, T)
-  found = jax.jit(lambda x, keys: samplers.trace(step, path, x, keys, steps))(x, keys)
+  made, ts = samplers.SAMPLERS[sampler](gaussian(path), path), samplers.step_schedule(steps, path)
+  found = jax.jit(lambda x, keys: samplers.trace(made, x, keys, steps))(x, keys)
   assert (found.x0.shape, found.x_t.shape) == ((steps, *x.shape), (steps + 1, *x.shape))
   np.testing.assert_array_equal(found.x_t[0], x)
   samples = run(samplers.SAMPLERS[sampler], path, x, steps)
@@ -227,12 +392,12 @@ def correlated(path):
 def painter(name, sampler, resampling):
   """Compiles: (x_T, keys) -> pairs of which the first is known."""
   path = make_path(name, T)
-  step = samplers.STEPS[sampler](correlated(path), path)
+  made = samplers.SAMPLERS[sampler](correlated(path), path)
 
   def fill(x, keys):
     known = jnp.broadcast_to(jnp.array([KNOWN, jnp.nan])[None, None, :, None], x.shape)
     mask = jnp.isnan(known).astype(jnp.float32)
-    return samplers.inpaint(step, path, x, keys, 40, known, mask, resampling)
+    return samplers.inpaint(made, x, keys, 40, known, mask, resampling)
 
   return jax.jit(fill)
 
@@ -260,6 +425,13 @@ def test_what_is_filled_in_depends_on_its_own_key_alone():
   changed = inpaint("flow", "ddim", 2, 4, keys.at[1].set(jax.random.key(9)))
   differs = np.abs(changed - inpaint("flow", "ddim", 2, 4, keys))[:, 1] > 1e-6
   np.testing.assert_array_equal(differs, [False, True, False, False])
+
+
+def test_a_multistep_sampler_fills_in_as_ddim_does():
+  """Every step follows fresh noise, so that there is no history to go by."""
+  wanted = inpaint("flow", "ddim", 3, 16)
+  for sampler in ("dpmpp_2m", "ab2"):
+    np.testing.assert_allclose(inpaint("flow", sampler, 3, 16), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_step_is_taken_at_least_once():

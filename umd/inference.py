@@ -190,7 +190,7 @@ class Inference:
       params: model parameters, as a rule the EMA's.
       keys: one per image; x_T and any noise on the way are functions of it.
       labels: [B] classes, or None to sample without.
-      sampler: key of `samplers.SAMPLERS`; `options` go to it (ddim: eta).
+      sampler: key of `samplers.SAMPLERS`; `options` go to it (all: spacing; ddim: eta).
       steps: S, 1 <= S <= T.
       head: the head that the denoiser reads.
       cfg_scale: classifier-free guidance; 1 is none.
@@ -201,17 +201,18 @@ class Inference:
     Raises:
       ValueError: an unknown sampler or option, or see `denoiser` and `samplers.step_schedule`.
     """
-    guidance = (cfg_scale, cfg_channels, guidance_interval)
-    step = self._step(params, labels, sampler, head, guidance, clip_x0, options)
-    noise, on_the_way = self._noise(keys)
-    return samplers.walk(step, self.path, noise, on_the_way, steps)
+    settings = dict(sampler=sampler, steps=steps, head=head, clip_x0=clip_x0, **options)
+    guidance = dict(cfg_scale=cfg_scale, cfg_channels=cfg_channels)
+    guidance |= dict(guidance_interval=guidance_interval)
+    made, steps = self.make_sampler(params, labels, **settings, **guidance)
+    return samplers.walk(made, *self.noise(keys), steps)
 
   def trace(
     self, params, keys: Array, labels: Int[Array, "b"] | None, **settings
   ) -> samplers.Trajectory:
     """What `sample` passes on its way with these settings: its last x_t are the samples."""
-    step, steps = self._settled_step(params, labels, settings)
-    return samplers.trace(step, self.path, *self._noise(keys), steps)
+    sampler, steps = self.make_sampler(params, labels, **settings)
+    return samplers.trace(sampler, *self.noise(keys), steps)
 
   def inpaint(
     self,
@@ -227,35 +228,37 @@ class Inference:
 
     Other arguments are those of `sample`.
     """
-    step, steps = self._settled_step(params, labels, settings)
-    noise, keys = self._noise(keys)
-    return samplers.inpaint(step, self.path, noise, keys, steps, known, mask, resampling)
+    sampler, steps = self.make_sampler(params, labels, **settings)
+    noise, keys = self.noise(keys)
+    return samplers.inpaint(sampler, noise, keys, steps, known, mask, resampling)
 
-  def _noise(self, keys: Array) -> tuple[Float[Array, "b h w c"], Array]:
+  def noise(self, keys: Array) -> tuple[Float[Array, "b h w c"], Array]:
     """(x_T, keys of what is drawn on the way)."""
     start, on_the_way = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     return example_normal(start, self.model.image_size), on_the_way
 
-  def _settled_step(self, params, labels, settings: dict) -> tuple[samplers.Step, int]:
-    """The step and the number of steps that settings of `sample` stand for."""
-    options = {**SAMPLING, **settings}
-    sampler, steps, head, clip_x0 = map(options.pop, ("sampler", "steps", "head", "clip_x0"))
-    guidance = map(options.pop, ("cfg_scale", "cfg_channels", "guidance_interval"))
-    return self._step(params, labels, sampler, head, tuple(guidance), clip_x0, options), steps
+  def make_sampler(
+    self, params, labels: Int[Array, "b"] | None, **settings
+  ) -> tuple[samplers.Sampler, int]:
+    """The sampler and the number of steps that settings of `sample` stand for.
 
-  def _step(self, params, labels, sampler, head, guidance, clip_x0, options) -> samplers.Step:
-    """The sampler's step with this model; see `sample`."""
-    if sampler not in samplers.SAMPLERS:
-      raise ValueError(f"sampler={sampler!r} is not one of {sorted(samplers.SAMPLERS)}.")
-    make = samplers.STEPS[sampler]
+    Raises:
+      ValueError: see `sample`.
+    """
+    options = {**SAMPLING, **settings}
+    name, steps, head, clip_x0 = map(options.pop, ("sampler", "steps", "head", "clip_x0"))
+    guidance = [options.pop(n) for n in ("cfg_scale", "cfg_channels", "guidance_interval")]
+    if name not in samplers.SAMPLERS:
+      raise ValueError(f"sampler={name!r} is not one of {sorted(samplers.SAMPLERS)}.")
+    make = samplers.SAMPLERS[name]
     parameters = inspect.signature(make).parameters.values()
     known = [p.name for p in parameters if p.default is not p.empty]
     if unknown := sorted(options.keys() - set(known)):
-      raise ValueError(f"Unknown sampling options {unknown}: sampler={sampler!r} takes {known}.")
+      raise ValueError(f"Unknown sampling options {unknown}: sampler={name!r} takes {known}.")
     denoise = self.denoiser(params, labels, head, *guidance)
     if clip_x0:
       denoise = samplers.clip_x0(denoise, self.path)
-    return make(denoise, self.path, **options)
+    return make(denoise, self.path, **options), steps
 
 
 # Settings of `Inference.sample`, as they are unless they are given.

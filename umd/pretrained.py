@@ -6,7 +6,7 @@ images = model.sample(labels="all")
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from umd import codec, description, inputs, saved_weights, tensors
 from umd.inference import FEATURES
 from umd.inputs import Labels
-from umd.programs import Programs, Weights
+from umd.programs import Denoised, Programs, Weights
 from umd.samplers import Trajectory
 from umd.sharding import make_mesh, replicate
 
@@ -93,7 +93,7 @@ class Pretrained:
     if not 0 <= t <= self._timesteps:
       raise ValueError(f"t={t} must be in [0, timesteps={self._timesteps}].")
     program = self._programs.compiled("represent", features=features, t=t)
-    return self._all(program, seed, {"image": images}, batch_size)
+    return self._programs.all(program, self._weights, seed, {"image": images}, batch_size)
 
   def reconstruct(
     self,
@@ -122,23 +122,11 @@ class Pretrained:
       if model.keep(mask_ratio) == model.tokens:
         raise ValueError(f"mask_ratio={mask_ratio} masks none of {model.tokens} patches.")
       program = self._programs.compiled("reconstruct", mask_ratio=mask_ratio, how=quantize)
-      return self._all(program, seed, {"image": images}, batch_size)
+      return self._programs.all(program, self._weights, seed, {"image": images}, batch_size)
     mask = inputs.as_mask(mask, self.image_size, len(images))
     hidden = inputs.tiles(mask, model.grid).reshape(len(images), -1)
-    # How many patches the encoder sees is part of its shapes: images of a kind go together.
-    kept, out = model.tokens - hidden.sum(axis=1), None
-    if not kept.all():
-      raise ValueError("the mask hides every patch of an image: the model has nothing to go by.")
-    for keep in np.unique(kept):
-      (rows,) = np.nonzero(kept == keep)
-      program = self._programs.compiled("reconstruct", keep=int(keep), how=quantize)
-      given = {"image": images[rows], "hidden": hidden[rows].astype(np.float32)}
-      given["index"] = rows.astype(np.int32)
-      found = self._all(program, seed, given, batch_size)
-      out = out or tuple(np.zeros((len(images), *x.shape[1:]), x.dtype) for x in found)
-      for whole, part in zip(out, found, strict=True):
-        whole[rows] = part
-    return out
+    given = {"image": images, "hidden": hidden.astype(np.float32)}
+    return self._programs.fill(self._weights, seed, given, batch_size, quantize)
 
   def sample(
     self,
@@ -164,7 +152,7 @@ class Pretrained:
     """
     rows, settings = self._to_sample(labels, num, settings)
     program = self._programs.compiled("sample", how=quantize, **settings)
-    return self._all(program, seed, rows, batch_size)
+    return self._programs.all(program, self._weights, seed, rows, batch_size)
 
   def draw(
     self,
@@ -188,6 +176,25 @@ class Pretrained:
     program.eval_shape(self._weights, jax.random.key(0), rows)
     return settings
 
+  def steps(
+    self,
+    labels: Labels = None,
+    num: int | None = None,
+    *,
+    seed: int = 0,
+    quantize: str = "round",
+    every: int = 1,
+    **settings,
+  ) -> Iterator[Denoised]:
+    """The steps of `sample`, as they are taken: (step, the t that it reached, x0 [num, H, W, C]).
+
+    The x0 of the last one are the samples, up to rounding. All are drawn at once. Of so many steps
+    as `every` says only the last is shown. Other numbers and spacings of steps compile nothing
+    anew. Other arguments as in `sample`.
+    """
+    rows, settings = self._to_sample(labels, num, settings)
+    return self._programs.steps(self._weights, seed, rows, quantize, every, settings)
+
   def trajectory(
     self,
     labels: Labels = None,
@@ -203,7 +210,7 @@ class Pretrained:
     """
     rows, settings = self._to_sample(labels, num, settings)
     program = self._programs.compiled("trace", how=quantize, **settings)
-    found = self._all(program, seed, rows, len(rows["index"]))
+    found = self._programs.all(program, self._weights, seed, rows, len(rows["index"]))
     return Trajectory(*(np.moveaxis(x, 1, 0) for x in found))
 
   def inpaint(
@@ -244,7 +251,7 @@ class Pretrained:
     rows["places"] = places[..., None].astype(np.float32)
     rows["image"] = np.broadcast_to(images, (num, *self.image_size))
     program = self._programs.compiled("inpaint", how=quantize, resampling=resampling, **settings)
-    return self._all(program, seed, rows, batch_size)
+    return self._programs.all(program, self._weights, seed, rows, batch_size)
 
   def _check(self, task: str) -> None:
     if reason := self.description.lacks(task):
@@ -261,11 +268,6 @@ class Pretrained:
       index = np.arange(num, dtype=np.int32)
     rows = {"index": index} | ({} if ids is None else {"label": ids[index % len(ids)]})
     return rows, self.description.settings(settings, guided=ids is not None)
-
-  def _all(self, program: Callable, seed: int, rows: dict, batch_size: int):
-    """What the program makes of all rows."""
-    each = self._programs.each(program, self._weights, seed, rows, batch_size)
-    return jax.tree.map(lambda *x: np.concatenate(x), *[out for _, out in each])
 
 
 def load(

@@ -75,6 +75,17 @@ class Session:
     """T, and so the most steps that a sampler can take."""
     return self._inference.path.timesteps
 
+  @property
+  def channels(self) -> int:
+    """Of what the model sees."""
+    return self._inference.model.image_size[2]
+
+  @property
+  def heads(self) -> list[str]:
+    """Those that samples can start from."""
+    model, path = self._inference.model, self._inference.path
+    return [head for head in model.heads if not path.singular(head)[1:].any()]
+
   def lacks(self, task: str) -> str:
     """Why "sample", "labels", "reconstruct", "inpaint" or "neighbours" makes no sense; "" if so."""
     if task == "labels":
@@ -104,12 +115,19 @@ class Session:
       label = [part.strip() for part in label.split(",")]
     return self.model.label_ids(label)
 
-  def _settings(self, labels, cfg_scale, low, high, sampler, steps) -> dict:
+  def _settings(
+    self, labels, cfg_scale, low, high, sampler, steps, spacing="", eta=None, head="", channels=None
+  ) -> dict:
     """Settings of sampling, checked before anything is compiled."""
     given = dict(sampler=sampler or None, steps=steps and _whole("steps", steps, 1, self.timesteps))
     if sampler and sampler not in SAMPLERS:
       raise ValueError(f"sampler={sampler!r} is not one of {', '.join(SAMPLERS)}.")
+    given |= dict(spacing=spacing or None, head=head or None)
+    if eta or (sampler or self.model.sampling["sampler"]) == "ddim":  # Others take none.
+      given["eta"] = eta
     if labels is not None:  # Else there is nothing to guide by.
+      if channels is not None:
+        given["cfg_channels"] = _whole("cfg_channels", channels, 0, self.channels)
       if cfg_scale is not None and not 0 <= cfg_scale <= 100:
         raise ValueError(f"cfg_scale={cfg_scale} must be in [0, 100]; 1 is no guidance.")
       interval = None if None in (low, high) else (float(low), float(high))
@@ -128,16 +146,20 @@ class Session:
     sampler: str = "",
     steps: int | None = None,
     watch: bool = True,
+    spacing: str = "",
+    eta: float | None = None,
+    head: str = "",
+    cfg_channels: int | None = None,
   ) -> Iterator[Picture]:
-    """Samples in a grid; with `watch` first what the model took the noise for on the way.
+    """Samples in a grid; with `watch` what the model takes the noise for, while it computes.
 
     Args:
       label: see `labels`.
       num: how many; several labels come in turn.
       seed: of the noise.
       cfg_scale, low, high: guidance, and the shares of T between which it is used.
-      sampler, steps: "" and None for the run's own.
-      watch: of the steps at most FRAMES are shown; needs memory for all of them.
+      sampler, steps, spacing, eta, head, cfg_channels: "" and None for the run's own.
+      watch: of the steps at most FRAMES are shown, each as soon as it is there.
 
     Raises:
       ValueError: see `Pretrained.sample`; before anything is computed.
@@ -145,19 +167,19 @@ class Session:
     self._refuse("sample")
     ids, num = self.labels(label), _whole("the number of samples", num, 1, SAMPLES)
     seed = _whole("seed", seed, 0, 2**32 - 1)
-    settings = self._settings(ids, cfg_scale, low, high, sampler, steps)
-    columns, start = _columns(num, ids), time.monotonic()
+    rest = (spacing, eta, head, cfg_channels)
+    settings = self._settings(ids, cfg_scale, low, high, sampler, steps, *rest)
+    columns, start, total = _columns(num, ids), time.monotonic(), settings["steps"]
     with self._lock:
       if watch:
-        passed = self.model.trajectory(ids, num, seed=seed, **settings)
-        made = passed.x_t[-1]
+        every = math.ceil(total / FRAMES)
+        for step, t, made in self.model.steps(ids, num, seed=seed, every=every, **settings):
+          text = f"Step {step} of {total}: what the model makes out, t = {t}"
+          if t:
+            yield _grid(made, columns), text
       else:
         made = self.model.sample(ids, num, seed=seed, **settings)
     seconds = time.monotonic() - start
-    if watch:
-      total = len(passed.x0)
-      for i in np.unique(np.linspace(0, total - 1, min(total, FRAMES)).round().astype(int)):
-        yield _grid(passed.x0[i], columns), f"Step {i + 1} of {total}: what the model makes out"
     yield _grid(made, columns), f"{_told(num, 'sample', settings)}, {format_seconds(seconds)}"
 
   def random_mask(self, ratio: float, seed: int) -> np.ndarray:

@@ -18,12 +18,35 @@ from tools.demo_page.parts import (
   told,
 )
 from tools.demo_page.session import Session
-from umd.samplers import SAMPLERS
+from umd.samplers import SAMPLERS, SPACINGS
 
 FRAME = 0.08  # Seconds between two steps of the denoising, or they could not be seen.
 MASKED = 0.5  # Share of patches, unless it is said.
 STEPS = 250  # At most, on the page.
 CANVAS = 512  # Pixels that the editor's picture is wide, about.
+
+
+def _advanced_fields(page: Session) -> list:
+  """What is seldom changed: (spacing, eta, head, cfg_channels)."""
+  own, channels = page.model.sampling, page.channels
+  with gr.Accordion("Advanced", open=False):
+    return [
+      gr.Dropdown(
+        list(SPACINGS),
+        value=own.get("spacing", "uniform"),
+        label="Spacing of the steps",
+        info="Even in t, or denser where the image is clean",
+      ),
+      gr.Slider(0, 1, own.get("eta", 0), step=0.05, label="Eta", info="Fresh noise, of ddim only"),
+      gr.Dropdown(page.heads, value=own["head"], label="Head that is read"),
+      gr.Slider(
+        *(0, channels, own["cfg_channels"]),
+        step=1,
+        label="Guided channels",
+        info="The first so many; 0: all",
+        visible=page.model.num_classes > 0 and channels > 1,
+      ),
+    ]
 
 
 def sample_tab(page: Session) -> None:
@@ -43,9 +66,10 @@ def sample_tab(page: Session) -> None:
         high = gr.Slider(0, 1, high, step=0.05, label="Guide to (share of T)", visible=guided)
         sampler = gr.Dropdown(list(SAMPLERS), value=own["sampler"], label="Sampler")
         steps = gr.Slider(1, min(page.timesteps, STEPS), own["steps"], step=1, label="Steps")
-        # Frames of a model of latents all have to be decoded.
+        # Frames of a model of latents have to be decoded.
         latents = bool(page.model.description.latents)
         watch = gr.Checkbox(not latents, label="Show the denoising")
+      advanced = _advanced_fields(page)
       button = gr.Button("Sample", variant="primary", elem_id="sample")
     with gr.Column(scale=3, min_width=300):
       grid = gr.Image(
@@ -61,12 +85,28 @@ def sample_tab(page: Session) -> None:
       )
 
   @told
-  def sample(label, num, seed, cfg_scale, low, high, sampler, steps, watch):
-    for found in page.sample(label, num, seed, cfg_scale, low, high, sampler, steps, watch):
+  def sample(
+    label,
+    num,
+    seed,
+    cfg_scale,
+    low,
+    high,
+    sampler,
+    steps,
+    watch,
+    spacing,
+    eta,
+    head,
+    cfg_channels,
+  ):
+    given = (label, num, seed, cfg_scale, low, high, sampler, steps, watch)
+    for found in page.sample(*given, spacing, eta, head, cfg_channels):
+      start = time.monotonic()
       yield found
-      time.sleep(FRAME if watch else 0)
+      time.sleep(max(0.0, FRAME - (time.monotonic() - start)) if watch else 0)
 
-  fields = [label, num, seed, scale, low, high, sampler, steps, watch]
+  fields = [label, num, seed, scale, low, high, sampler, steps, watch, *advanced]
   button.click(sample, fields, [grid, status], api_name="sample", **MODEL)
 
 

@@ -1,0 +1,118 @@
+"""How good samples of a trained model are for how many evaluations of its network.
+
+`error` is the root mean square distance of images from those that Heun's method with very many
+steps makes of the same noise, in [-1, 1]: what a sampler loses by its steps, of however good a
+model. `frechet` is the Frechet distance to the training data in features of a small classifier (see
+`evaluators.generation`), mean and standard deviation over seeds. The standard is DDIM; its last row
+is what the others are to reach.
+"""
+
+import argparse
+import functools
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import numpy as np
+
+from evaluators.context import Context
+from evaluators.judges import Classifier
+from umd import load, workdir
+from umd.pretrained import Pretrained
+from umd.samplers import SAMPLERS, SPACINGS, evaluations
+from umd.sharding import make_mesh
+
+WAYS = (
+  *("ddim", "dpmpp_2m", "dpmpp_2m:logsnr", "dpmpp_2m:quadratic", "dpmpp_2m:karras"),
+  *("ab2", "ab2:quadratic", "heun", "heun:quadratic"),
+)
+COMPARED = 64  # Images whose distance from the exact ones is taken.
+EVERY = 10**6  # No picture is wanted but the last.
+
+
+def parse(ways: list[str] | None) -> Iterator[tuple[str, str]]:
+  """(sampler, spacing) of each of `ways`, or of WAYS.
+
+  Raises:
+    ValueError: there is no such sampler or spacing.
+  """
+  for way in ways or WAYS:
+    sampler, _, spacing = way.partition(":")
+    if sampler not in SAMPLERS or (spacing and spacing not in SPACINGS):
+      raise ValueError(
+        f"--samplers={way!r} must be SAMPLER or SAMPLER:SPACING, of {list(SAMPLERS)} and "
+        f"{list(SPACINGS)}."
+      )
+    yield sampler, spacing or "uniform"
+
+
+def steps_for(sampler: str, wanted: int) -> int:
+  """The most steps that take no more than `wanted` evaluations, at least one."""
+  return (wanted + 1) // 2 if sampler == "heun" else wanted
+
+
+def draw(model: Pretrained, num: int, seed: int, **settings) -> np.ndarray:
+  """Samples, float32 in [-1, 1], by one program for all numbers and places of steps."""
+  labels = "all" if model.num_classes else None
+  steps = model.steps(labels, num, seed=seed, quantize="none", every=EVERY, **settings)
+  *_, last = steps
+  return last.x0
+
+
+def open_judge(model: Pretrained, num: int, cache: str) -> Callable[[np.ndarray], float]:
+  """`frechet(images)` to the data that the run's own samples were judged by.
+
+  Raises:
+    ValueError: the run has no evaluator of samples by a classifier.
+  """
+  config = workdir.read_json(workdir.join(model.folder, "config.json")) or {}
+  specs = [s for s in config.get("evals", {}).values() if isinstance(s, Mapping)]
+  specs = [s for s in specs if s.get("type") == "generation" and s.get("train") and s.get("test")]
+  if not specs:
+    raise ValueError(
+      f"--workdir={model.folder!r}: the run did not judge samples by a classifier, so there is no "
+      "data to measure against. Give a run with evals of the type generation with train= and test=."
+    )
+  inference, mesh = model.description.inference(), make_mesh()
+  context = Context(inference, (), mesh, 256, 0, cache, lambda text: None)
+  judge = Classifier(context, num, train=specs[0]["train"], test=specs[0]["test"])
+  judge.prepare()
+  look = jax.jit(functools.partial(judge.look, {}))
+
+  def frechet(images: np.ndarray) -> float:
+    found = {name: np.asarray(x) for name, x in look(images).items()}
+    return dict(judge.measure(found, None))["frechet_classifier"]
+
+  return frechet
+
+
+def measure(args: argparse.Namespace) -> list[dict]:
+  """Rows of the table, which is printed as it is made."""
+  ways, model = list(parse(args.samplers)), load(args.workdir)
+  if args.num < 2:
+    raise ValueError(f"--num={args.num} must be at least 2: one sample has no distribution.")
+  most = model.description.inference().path.timesteps
+  scales = sorted({1.0, model.sampling["cfg_scale"]})
+  names = ("cfg", "sampler", "spacing", "evaluations", "error", "frechet", "deviation")
+  print(("{:>6}{:>10}{:>11}" + "{:>13}" * 4).format(*names))
+  rows = []
+  with tempfile.TemporaryDirectory() as empty:
+    beside = os.path.join(os.path.dirname(model.folder.rstrip("/")), "cache")
+    frechet = open_judge(model, args.num, beside if os.path.isdir(beside) else empty)
+    for scale in scales:
+      sample = functools.partial(draw, model, cfg_scale=scale)
+      many = min(args.reference, most)
+      exact = sample(COMPARED, 0, sampler="heun", steps=many, spacing="uniform")
+      for sampler, spacing in ways:
+        for steps in sorted({min(most, steps_for(sampler, n)) for n in args.evaluations}):
+          given = dict(sampler=sampler, steps=steps, spacing=spacing)
+          error = np.sqrt(np.square(sample(COMPARED, 0, **given) - exact).mean())
+          values = [frechet(sample(args.num, seed, **given)) for seed in range(args.seeds)]
+          row = {"cfg_scale": scale, **given, "evaluations": evaluations(sampler, steps)}
+          row |= {"error": float(error), "frechet": values}
+          rows.append(row)
+          spread = np.std(values, ddof=1) if len(values) > 1 else np.nan
+          numbers = f"{row['evaluations']:13}{error:13.4f}{np.mean(values):13.2f}{spread:13.2f}"
+          print(f"{scale:6.2f}{sampler:>10}{spacing:>11}{numbers}", flush=True)
+  return rows
