@@ -68,7 +68,8 @@ class Run:
     text = (self.folder / "metrics.jsonl").read_text()
     assert text.endswith("\n")
     lines = [json.loads(line) for line in text.splitlines()]
-    timed = lambda name: name.endswith("_per_second") or name.startswith("goodput/")
+    clocks = ("goodput/", "input_wait")
+    timed = lambda name: name.endswith("_per_second") or name.startswith(clocks)
     return [{k: v for k, v in line.items() if not timed(k)} for line in lines]
 
   def state(self) -> dict:

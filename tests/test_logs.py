@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trainers.logs import StepMetrics, log
+from trainers.logs import INPUT_WAIT, StepMetrics, log
 
 
 def applied(loss, lr=0.1, **values):
@@ -96,7 +96,7 @@ class Told(list):
 )
 def test_a_log_has_a_line_whether_or_not_a_step_was_applied(steps, text):
   told, lines = Told(), []
-  log(9, 20, pending(*steps, max_skipped=2), told, told, lines.append, {"goodput/lost": 0.0})
+  log(9, 20, pending(*steps, max_skipped=2), told, told, lines.append, {INPUT_WAIT: 0.0})
   assert text in lines[-1] and "step 9/20" in lines[-1]
   ((step, values),) = told
   assert step == 9 and values["skipped"] == len(steps) - ("loss" in values)
@@ -105,10 +105,18 @@ def test_a_log_has_a_line_whether_or_not_a_step_was_applied(steps, text):
 
 def test_mfu_is_told_and_written_where_it_is_known():
   told, lines = Told(teraflops_per_second=81.0, mfu=0.4123), []
-  log(9, 20, pending(applied(0.25)), told, told, lines.append, {})
+  log(9, 20, pending(applied(0.25)), told, told, lines.append, {INPUT_WAIT: 0.0})
   assert "10 images/s  mfu 41.2 %  ETA" in lines[-1]
   assert (told[0][1]["mfu"], told[0][1]["teraflops_per_second"]) == (0.4123, 81.0)
   assert "eta_seconds" not in told[0][1]
   told = Told(teraflops_per_second=81.0)
-  log(9, 20, pending(applied(0.25)), told, told, lines.append, {})
+  log(9, 20, pending(applied(0.25)), told, told, lines.append, {INPUT_WAIT: 0.0})
   assert "mfu" not in lines[-1] and told[0][1]["teraflops_per_second"] == 81.0
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.0, False), (0.04, False), (0.061, True)])
+def test_a_wait_for_input_is_logged_and_told_if_it_is_long(share, told):
+  written, lines = Told(), []
+  log(9, 20, pending(applied(0.25)), written, written, lines.append, {INPUT_WAIT: share})
+  assert written[0][1][INPUT_WAIT] == share
+  assert ("waited for input 6% of the time" in lines[-1]) == told == ("input" in lines[-1])

@@ -14,11 +14,11 @@ from umd.data.ops import (
   decode,
   decode_jpeg_and_inception_crop,
   inception_crop,
-  inception_window,
   resize,
   resize_small,
 )
 from umd.data.preprocess import Preprocess, parse
+from umd.data.windows import RATIOS, inception_window, resized, window_of_jpeg
 
 TFDS = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "tensorflow_datasets"
 UNKNOWN = (None, None, None)
@@ -127,11 +127,97 @@ def test_decoding_a_part_gives_what_cropping_the_decoded_image_gives(sampling):
   data = encoded(smooth(100, 140), "JPEG", quality=90, subsampling=sampling)
   for position in range(6):
     draw = dict(seed=3, position=position)
-    fused = apply(decode_jpeg_and_inception_crop(32, 20, 90), data, **draw)
+    fused = apply(decode_jpeg_and_inception_crop(32, 20, 90, scaled=0), data, **draw)
     two = apply(inception_crop(32, 20, 90), apply(decode(), data), **draw)
     # Chroma at the rim of the window is interpolated from within it.
     assert np.abs(fused - two).mean() < 0.5
     assert np.abs(fused - two)[4:-4, 4:-4].max() < 3
+
+
+def ramps(height, width):
+  """uint8 [height, width, 3] whose values tell the place: of the row, the column, and both."""
+  y, x = (np.arange(n) / n * 240 + 8 for n in (height, width))
+  y, x = np.broadcast_arrays(y[:, None], x[None])
+  return np.stack([y, x, (x + y) / 2], -1).round().astype(np.uint8)
+
+
+WINDOWS = [(0, 0, 301, 403), (3, 5, 277, 361), (37, 41, 264, 362), (1, 2, 299, 400)]
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_window_that_is_decoded_smaller_is_the_same_window(window, ratio):
+  """Sides that no ratio divides, and values that grow by about 1 a pixel.
+
+  Whole pixels of the smaller image would shift the window by up to 7 of them.
+  """
+  data = encoded(ramps(301, 403), "JPEG", quality=98, subsampling="4:4:4")
+  size = (16, 24)
+  top, left, height, width = window
+  least = min(height // size[0], width // size[1])  # `scaled` that just allows the ratio, or less.
+  scaled = least / ratio if ratio > 1 else least / 1.5
+  found = window_of_jpeg(data, tensorflow().constant(window), size, scaled, 3).numpy()
+  part = ramps(301, 403)[top : top + height, left : left + width]
+  expected = resized(part, size).numpy()
+  assert np.abs(found - expected)[1:-1, 1:-1].max() < 1.1
+  assert np.abs((found - expected)[1:-1, 1:-1].mean((0, 1))).max() < 0.25
+
+
+def ratio_used(monkeypatch, window, size, scaled):
+  tf, used = tensorflow(), []
+  decode = tf.io.decode_and_crop_jpeg
+  spy = lambda *args, ratio, **kwargs: used.append(ratio) or decode(*args, ratio=ratio, **kwargs)
+  with monkeypatch.context() as patch:
+    patch.setattr(tf.io, "decode_and_crop_jpeg", spy)
+    data = encoded(smooth(200, 260), "JPEG")
+    window_of_jpeg(data, tf.constant(window), size, scaled, 3)
+  return used
+
+
+@pytest.mark.parametrize(
+  "sides, size, scaled, ratio",
+  [
+    ((128, 160), (16, 16), 1, 8),
+    ((127, 160), (16, 16), 1, 4),
+    ((160, 127), (16, 16), 1, 4),
+    ((128, 160), (16, 21), 1, 4),
+    ((128, 160), (16, 16), 2, 4),
+    ((128, 160), (16, 16), 2.5, 2),
+    ((128, 160), (64, 64), 1, 2),
+    ((128, 160), (64, 64), 1.25, 1),
+    ((128, 160), (16, 16), 0, 1),
+    ((20, 20), (64, 64), 1, 1),
+  ],
+)
+def test_a_window_is_decoded_as_small_as_scaled_allows(sides, size, scaled, ratio, monkeypatch):
+  assert ratio_used(monkeypatch, (7, 9, *sides), size, scaled) == [ratio]
+
+
+def test_where_nothing_can_be_dropped_it_is_the_full_decode():
+  data = encoded(smooth(100, 140), "JPEG")
+  for position in range(4):
+    draw = dict(seed=3, position=position)
+    full, other = (
+      apply(decode_jpeg_and_inception_crop(64, 40, scaled=k), data, **draw) for k in (0, 1.25)
+    )
+    np.testing.assert_allclose(other, full, atol=2e-3)
+
+
+@pytest.mark.parametrize("scaled, most", [(1, 1.6), (1.25, 1.5), (1.5, 0.7), (2, 0.6)])
+def test_photographs_decoded_smaller_differ_as_little_as_documented(scaled, most):
+  """Without antialiasing the difference is 10 of 255."""
+  if not TFDS.is_dir():
+    pytest.skip(f"{TFDS} is not here")
+  pp = "decode_jpeg_and_inception_crop(8)|value_range(-1, 1)"
+  records = load("tfds:imagenet_sample", "train", pp, data_dir=str(TFDS), cache=True).records
+  found = []
+  for i in range(0, len(records), 10):
+    data = records.parse({k: v[0] for k, v in records.fetch(np.array([i])).items()})["image"]
+    full, other = (
+      apply(decode_jpeg_and_inception_crop(64, 80, scaled=k), data, position=i) for k in (0, scaled)
+    )
+    found.append(np.abs(full - other).mean())
+  assert 0 < np.mean(found) < most
 
 
 def test_the_fused_op_reads_other_formats_and_arrays_too():
@@ -224,6 +310,8 @@ def test_strings_are_parsed_with_names_positions_and_spaces():
     ("resize_small((4, 5))", ["size=(4, 5)", "positive int"]),
     ("resize(size=x)", ["resize(size=x)", "numbers, strings or tuples"]),
     ("inception_crop(8, area_min=0)", ["area_min=0", "percents"]),
+    ("decode_jpeg_and_inception_crop(8, scaled=.5)", ["scaled=0.5", "0 (decode in full)", "1"]),
+    ("decode_jpeg_and_inception_crop(8, area_min=0)", ["area_min=0", "percents"]),
     ("inception_crop(8, area_min=90, area_max=80)", ["area_min=90", "area_max=80"]),
     ("random_crop(8, padding=-1)", ["padding=-1"]),
     ("value_range(0, 1, 5, 5)", ["in_min=5", "differ"]),

@@ -53,6 +53,9 @@ def summarise(name: str, step: int, started: float, patterns: Sequence[str], wri
   }
 
 
+INPUT_WAIT = "input_wait"  # Share of the time since the last log, see `umd.goodput`.
+SLOW_INPUT = 0.05  # From there on it is told.
+
 # Metrics of the guard (`umd.guard`): numbers of steps, and what is not logged.
 COUNTS, INTERNAL = ("skipped", "spikes"), ("skipped_row",)
 
@@ -120,13 +123,18 @@ class StepMetrics:
 
 
 def log(step, steps, pending: StepMetrics, progress, writer, say, shares: dict) -> None:
-  """Writes what is pending, the pace and the shares of time; tells loss and remaining time."""
+  """Writes what is pending, the pace and the shares of time; tells loss and remaining time.
+
+  Input that holds the loop up is told too.
+  """
   values, pace = pending.drain(say), progress.tick(step)
   eta = pace.pop("eta_seconds")
   writer.write(step, {**values, **pace, **shares})
   mfu = f"  mfu {100 * pace['mfu']:.1f} %" if "mfu" in pace else ""
   loss = f"{values['loss']:.4f}" if "loss" in values else "of no step"
+  waited = shares[INPUT_WAIT]
+  note = f"  waited for input {waited:.0%} of the time" if waited >= SLOW_INPUT else ""
   say(
     f"step {step}/{steps}  loss {loss}  "
-    f"{pace['images_per_second']:.0f} images/s{mfu}  ETA {format_seconds(eta)}"
+    f"{pace['images_per_second']:.0f} images/s{mfu}  ETA {format_seconds(eta)}{note}"
   )

@@ -122,7 +122,7 @@ class Loop:
     due = [s.name for s in self._scheduled.values() if s.due(step, self._steps)]
     saving = every > 0 and (last or step % every == 0)
     if last or due or saving or step % self._config.log_every == 0:
-      shares = self._goodput.shares()
+      shares = {**self._goodput.shares(), logs.INPUT_WAIT: self._goodput.input_wait()}
       logs.log(step, self._steps, self._pending, self._progress, self._writer, self._say, shares)
       self._report_bad_data()
     left, values = self._evaluate(state, due)

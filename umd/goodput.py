@@ -39,6 +39,7 @@ class Goodput:
     self._marks = {int(step): seconds for step, seconds in kept.get("marks", {}).items()}
     self._seconds["lost"] += max(0.0, self._start - kept.get("time", self._start))
     self._kind, self._written, self._compiled = "start", None, False
+    self._mark_interval()
 
   def _account(self) -> None:
     """Counts the time since the last call as what it was spent on."""
@@ -55,6 +56,7 @@ class Goodput:
     kept = max(self._marks.values(), default=0.0)
     self._seconds["lost"] += self._productive - kept
     self._productive = kept
+    self._mark_interval()
     self._write()
 
   @contextlib.contextmanager
@@ -105,6 +107,22 @@ class Goodput:
     every = {"productive": self._productive, **self._seconds}
     total = max(sum(every.values()), 1e-9)
     return {f"goodput/{kind}": seconds / total for kind, seconds in every.items()}
+
+  def input_wait(self) -> float:
+    """Share in 0..1 of the training since the last call (or `resume`) that was waiting for input.
+
+    Compilation, evaluations and checkpoints are no part of it. As of all kinds, the host's view: it
+    also waits where the devices still have steps to do.
+    """
+    self._account()
+    waited, productive = self._interval
+    waited = self._seconds["input_wait"] - waited
+    trained = waited + self._productive - productive
+    self._mark_interval()
+    return waited / max(trained, 1e-9)
+
+  def _mark_interval(self) -> None:
+    self._interval = self._seconds["input_wait"], self._productive
 
   def _write(self) -> None:
     self._written = self._clock()

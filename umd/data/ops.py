@@ -7,15 +7,16 @@ bilinear and antialiased.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from umd.data.decoding import JPEG, decoded
+from umd.data.decoding import decoded
 from umd.data.host import tensorflow
 from umd.data.view_ops import random_view, view
+from umd.data.windows import inception_window, resized, window_of_jpeg
 
 Example = dict[str, Any]
-ASPECT_RATIOS = (3 / 4, 4 / 3)  # Width by height, of inception crops.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +54,19 @@ def decode(channels: int | None = None) -> Op:
 
 
 def decode_jpeg_and_inception_crop(
-  size: int | tuple[int, int], area_min: float = 5, area_max: float = 100
+  size: int | tuple[int, int], area_min: float = 5, area_max: float = 100, scaled: float = 1.25
 ) -> Op:
-  """Does what decode|inception_crop does, but of a JPEG decodes only the part that is kept."""
-  crop_pixels = inception_crop(size, area_min, area_max)
+  """Does what decode|inception_crop does, but of a JPEG decodes only what is kept, and coarsely.
+
+  The window is decoded 2, 4 or 8 times smaller if it then still has `scaled` times the pixels of
+  `size` on both sides. 0 decodes as decode|inception_crop does.
+  """
+  size, crop_pixels = _pair("size", size), inception_crop(size, area_min, area_max)
+  if not (scaled == 0 or 1 <= scaled < math.inf):
+    raise ValueError(
+      f"scaled={scaled} must be 0 (decode in full) or at least 1, the sides of the decoded window "
+      "by those of the result."
+    )
 
   def op(example, context):
     tf = tensorflow()
@@ -67,16 +77,13 @@ def decode_jpeg_and_inception_crop(
 
     def of_jpeg():
       window = inception_window(tf.io.extract_jpeg_shape(data), context.seed, (area_min, area_max))
-      return tf.io.decode_and_crop_jpeg(data, window, channels=channels, **JPEG)
+      return window_of_jpeg(data, window, size, scaled, channels)
 
     def of_other():
-      image = decoded(data, context.shape, channels)
-      window = inception_window(tf.shape(image), context.seed, (area_min, area_max))
-      return tf.slice(image, [window[0], window[1], 0], [window[2], window[3], channels])
+      return crop_pixels({"image": decoded(data, context.shape, channels)}, context)["image"]
 
     image = tf.cond(tf.io.is_jpeg(data), of_jpeg, of_other)
-    image.set_shape([None, None, channels])
-    return {**example, "image": _resized(image, _pair("size", size))}
+    return {**example, "image": tf.ensure_shape(image, [*size, channels])}
 
   return op
 
@@ -97,25 +104,9 @@ def inception_crop(size: int | tuple[int, int], area_min: float = 5, area_max: f
     tf = tensorflow()
     window = inception_window(tf.shape(image), context.seed, (area_min, area_max))
     cut = tf.slice(image, [window[0], window[1], 0], [window[2], window[3], image.shape[-1]])
-    return _resized(cut, size)
+    return resized(cut, size)
 
   return _on_image("inception_crop", crop)
-
-
-def inception_window(shape, seed, area: tuple[float, float]):
-  """A random window (top, left, height, width) of an image of `shape`; `area` in percent."""
-  tf = tensorflow()
-  begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
-    shape,
-    tf.zeros([0, 0, 4]),
-    seed=seed,
-    min_object_covered=0,
-    aspect_ratio_range=ASPECT_RATIOS,
-    area_range=(area[0] / 100, area[1] / 100),
-    max_attempts=100,
-    use_image_if_no_bounding_boxes=True,
-  )
-  return tf.concat([begin[:2], extent[:2]], axis=0)
 
 
 def random_crop(size: int | tuple[int, int], padding: int = 0) -> Op:
@@ -150,7 +141,7 @@ def central_crop(size: int | tuple[int, int]) -> Op:
 def resize(size: int | tuple[int, int]) -> Op:
   """Resizes to `size`, an int or (height, width), whatever that does to the aspect ratio."""
   size = _pair("size", size)
-  return _on_image("resize", lambda image, context: _resized(image, size))
+  return _on_image("resize", lambda image, context: resized(image, size))
 
 
 def resize_small(size: int) -> Op:
@@ -163,7 +154,7 @@ def resize_small(size: int) -> Op:
     tf = tensorflow()
     sides = tf.cast(tf.shape(image)[:2], tf.float64)
     target = tf.cast(tf.round(sides * size / tf.reduce_min(sides)), tf.int32)
-    return _resized(image, target)
+    return resized(image, target)
 
   return _on_image("resize_small", scale)
 
@@ -280,10 +271,6 @@ def _on_image(name, change) -> Op:
     return {**example, "image": change(image, context)}
 
   return op
-
-
-def _resized(image, size):
-  return tensorflow().image.resize(image, size, method="bilinear", antialias=True)
 
 
 def _room(name, image, size):

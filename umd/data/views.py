@@ -38,7 +38,7 @@ class Views(Source):
     if not 1 <= views <= AT_MOST or not 0 <= seed < SEEDS:
       raise ValueError(f"views={views} must be in 1..{AT_MOST}, and seed={seed} in 0..{SEEDS - 1}.")
     middle = f"decode|resize_small({size})|central_crop({size})|value_range(-1, 1)"
-    crop = f"decode_jpeg_and_inception_crop({size}, area_min={area_min:g})"
+    crop = f"decode_jpeg_and_inception_crop({size}, area_min={area_min:g}, scaled=0)"
     crop = f"{crop}|flip_lr|value_range(-1, 1)"
     super().__init__(records, middle, max_bad)
     self._middle, self._seed = self.preprocess, seed

@@ -40,7 +40,8 @@ def section(name: str) -> str:
   first, slash, _ = name.partition("/")
   if first == "loss":
     return LOSS
-  if first in ("goodput", "images_per_second", "teraflops_per_second", "mfu"):
+  paces = ("images_per_second", "teraflops_per_second", "mfu")
+  if first in ("goodput", "input_wait", *paces):
     return TIME
   return EVALUATION if slash else TRAINING
 

@@ -1,0 +1,158 @@
+"""What a checkpoint costs: seconds that a save holds training up, and those of a restart.
+
+python -m benchmarks.checkpoint --variant S/4 --size 64 --repeats 5 --out checkpoint.jsonl
+
+The trainer's state (parameters, their average, the optimiser's moments) with random numbers, saved
+and restored by the trainer's own functions, over and over in one process.
+
+  blocking    until the arrays are copied and training may go on
+  background  from there until the checkpoint, checksums and all, is complete
+  verify      reading all files and comparing their checksums, as a start does first
+  restore     reading the arrays and placing them on the devices
+
+What was just written is read from memory where the system keeps it there, not from the disk.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from configs import ae_i1k
+from tools.command_line import positive, run
+from trainers import autoencoder
+from umd import optim
+from umd.checkpoint import FOLDER, Checkpoints
+from umd.recovery import find_newest
+from umd.sharding import make_mesh
+from umd.state import TrainState, init_state
+
+KINDS = ("blocking", "background", "verify", "restore")
+
+
+def make_state(variant: str, size: int) -> TrainState:
+  """The state of a run of that config, with random numbers: zeros could be stored as less."""
+  config = ae_i1k.get_config(f"variant={variant},size={size}").pretrain
+  model = autoencoder.make_model(config, (size, size, 3), num_classes=1000)
+  settings = config.optim.to_dict()
+  schedule = optim.make_schedule(settings.pop("lr"), 1000, settings.pop("warmup"))
+  tx = optim.make_optimizer(schedule, **settings)
+  init = autoencoder.init_params(model)
+  state = init_state(init, tx, jax.random.key(0), make_mesh())
+  rng = np.random.default_rng(0)
+
+  def fill(leaf):
+    if leaf.ndim == 0:
+      return leaf
+    values = rng.standard_normal(leaf.shape, np.float32).astype(leaf.dtype)
+    return jax.device_put(values, leaf.sharding)
+
+  return jax.tree.map(fill, state)
+
+
+def timed(work: Callable) -> tuple[float, object]:
+  """(seconds, what it returns)."""
+  start = time.perf_counter()
+  found = jax.block_until_ready(work())
+  return time.perf_counter() - start, found
+
+
+def measure(state: TrainState, workdir: str, repeats: int) -> dict[str, list[float]]:
+  """{kind: seconds of each repeat}; every repeat saves another step and restores it.
+
+  Raises:
+    ValueError: what was restored is not what was saved.
+  """
+  seconds = {kind: [] for kind in KINDS}
+  with Checkpoints(workdir, keep=1) as checkpoints:
+    for step in range(1, repeats + 1):
+      add = lambda kind, took: seconds[kind].append(took[0]) or took[1]
+      add("blocking", timed(lambda step=step: checkpoints.save(state, step, {"position": step})))
+      if not add("background", timed(checkpoints.wait)):
+        raise ValueError(f"the checkpoint in {workdir} could not be written, see above.")
+      add("verify", timed(lambda: find_newest(os.path.join(workdir, FOLDER))))
+      found, _ = add("restore", timed(lambda step=step: checkpoints.restore(state, step)))
+      for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(found), strict=True):
+        if not np.array_equal(a, b):
+          raise ValueError(f"step {step}: what was restored is not what was saved.")
+  return seconds
+
+
+def rows(seconds: dict[str, list[float]], nbytes: int) -> list[dict]:
+  """A row per kind; the first repeat counts where it is the only one."""
+  found = []
+  for kind, values in seconds.items():
+    values = values[1:] or values
+    middle = statistics.median(values)
+    line = {"kind": kind, "seconds": middle, "seconds_min": min(values), "seconds_max": max(values)}
+    found.append({**line, "first": seconds[kind][0], "mb_per_second": nbytes / 1e6 / middle})
+  return found
+
+
+def folder_bytes(path: str) -> int:
+  return sum(
+    os.path.getsize(os.path.join(where, name))
+    for where, _, names in os.walk(path)
+    for name in names
+  )
+
+
+def machine(args: argparse.Namespace) -> dict:
+  """When, where and on what this ran."""
+  return {
+    "benchmark": "checkpoint",
+    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "machine": platform.platform(),
+    "cores": os.cpu_count(),
+    "device": jax.devices()[0].device_kind,
+    "devices": jax.device_count(),
+    "jax": jax.__version__,
+    **{k: v for k, v in vars(args).items() if k != "out"},
+  }
+
+
+def work(args: argparse.Namespace) -> None:
+  if args.folder:
+    os.makedirs(args.folder, exist_ok=True)
+  state = make_state(args.variant, args.size)
+  nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+  with tempfile.TemporaryDirectory(dir=args.folder) as workdir:
+    seconds = measure(state, workdir, args.repeats)
+    written = folder_bytes(os.path.join(workdir, FOLDER))
+  print(f"{args.variant}: {nbytes / 1e6:.1f} MB of state, {written / 1e6:.1f} MB on disk")
+  print(f"{'':<12}{'seconds':>10}{'min':>10}{'max':>10}{'first':>10}{'MB/s':>10}")
+  for line in rows(seconds, nbytes):
+    numbers = [line[k] for k in ("seconds", "seconds_min", "seconds_max", "first")]
+    cells = "".join(f"{value:>10.3f}" for value in numbers)
+    print(f"{line['kind']:<12}{cells}{line['mb_per_second']:>10.0f}")
+    if args.out:
+      sizes = {"state_mb": nbytes / 1e6, "disk_mb": written / 1e6}
+      with open(args.out, "a", encoding="utf-8") as f:
+        f.write(json.dumps({**machine(args), **sizes, **line}) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(
+    prog="benchmarks.checkpoint", description=__doc__.split("\n", maxsplit=1)[0]
+  )
+  parser.add_argument("--variant", default="S/4", help="of the model, see ae_i1k.py")
+  parser.add_argument("--size", type=positive, default=64, help="side of the images in pixels")
+  parser.add_argument(
+    "--repeats", type=positive, default=4, help="medians are over so many but the first"
+  )
+  parser.add_argument("--folder", help="on the disk to be measured; by default the system's own")
+  parser.add_argument("--out", help="append JSON lines to this file")
+  args = parser.parse_args(argv)
+  run(lambda: work(args))
+
+
+if __name__ == "__main__":
+  main()

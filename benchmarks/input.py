@@ -1,0 +1,257 @@
+"""What input costs: images/s of ways to decode, crop and resize JPEGs, and their errors.
+
+python -m benchmarks.input --data imagenet_sample --size 64 256 --out input.jsonl
+
+Every way runs in the trainer's own pipeline (JPEGs in memory, shuffled, a random crop, mirrored, in
+[-1, 1], in batches), in turns in one process. Windows are the same for all. `per core` counts the
+seconds of CPU time of the whole process, and `images/s` those of the clock.
+
+  plain     decodes the whole image, crops, resizes with antialiasing
+  public    decodes the window only, by TensorFlow's default DCT, resizes without antialiasing
+  fused     decodes the window only, resizes with antialiasing
+  scaled K  the same, the window decoded 2, 4 or 8 times smaller where K times the size is left
+  cached    images that were decoded and resized before (no crop)
+"""
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+
+import numpy as np
+
+from tools.command_line import positive, run
+from umd import data
+from umd.data import ops
+from umd.data.host import tensorflow
+from umd.data.records import Records, row
+from umd.data.sources import Source
+from umd.data.windows import inception_window
+
+MADE = 128  # JPEGs that are made where there is no data.
+SIDES = (375, 500)  # Height and width of most of ImageNet's.
+QUALITY = 85  # For 104 kB, as ImageNet has.
+SCALED = (1.0, 1.25, 1.5, 2.0)
+SEED = 0
+BASE = "plain"  # What the ratios are to.
+WARM_UP = 4  # Batches: tf.data finds out how many threads to use.
+CACHED = 1024  # Images of the final size.
+FASTER = 8  # About so much faster are these: more batches are timed.
+
+
+class Made(Records):
+  """Noise whose amplitude falls with frequency as that of photographs, as JPEGs."""
+
+  def __init__(self):
+    super().__init__("made JPEGs", "string", (None, None, 3), 0)
+    rng, tf = np.random.default_rng(SEED), tensorflow()
+    self._images = np.empty(MADE, object)
+    for i in range(MADE):
+      pixels = _noise(rng, *SIDES)
+      self._images[i] = tf.io.encode_jpeg(pixels, quality=QUALITY).numpy()
+
+  def __len__(self):
+    return MADE
+
+  def fetch(self, ids):
+    return {"image": self._images[ids], "label": np.zeros(len(ids), np.int32)}
+
+
+def _noise(rng, height: int, width: int) -> np.ndarray:
+  """uint8 [height, width, 3]; the amplitude of a frequency f is as 1 / f."""
+  frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+  frequency[0, 0] = np.inf
+  planes = []
+  for strength in (1.0, 0.3, 0.3):  # Brightness, and differences of colour.
+    spectrum = np.fft.rfft2(rng.standard_normal((height, width))) / frequency
+    plane = np.fft.irfft2(spectrum, (height, width))
+    planes.append(strength * 55 * plane / plane.std())
+  luma, red, blue = planes
+  image = 127 + np.stack([luma + red, luma - red - blue, luma + blue], axis=-1)
+  return image.clip(0, 255).astype(np.uint8)
+
+
+def open_jpegs(name: str, data_dir: str) -> Records:
+  """The undecoded images of a data set, in memory; made ones if `name` is empty."""
+  if not name:
+    return Made()
+  kind = name if ":" in name else f"tfds:{name}"
+  pp = "decode_jpeg_and_inception_crop(8)|value_range(-1, 1)"
+  return data.load(kind, "train", pp, data_dir=data_dir, cache=True).records
+
+
+class Prepared:
+  """A crop, mirrored or not, in [-1, 1]: takes the place of a source's `preprocess`."""
+
+  def __init__(self, crop: ops.Op, size: int):
+    self._ops = (crop, ops.flip_lr(), ops.value_range(-1, 1))
+    self.spec = {"image": ((size, size, 3), "float32"), "label": ((), "int32")}
+
+  def __call__(self, example, seed: int, position):
+    tf = tensorflow()
+    drawn = tf.stack([tf.constant(seed, tf.int64), tf.cast(position, tf.int64)])
+    for op in self._ops:
+      example = op(example, ops.Context(drawn, (None, None, 3)))
+    return {"image": tf.ensure_shape(example["image"], self.spec["image"][0]), "label": 0}
+
+
+def public_crop(size: int, area: float) -> ops.Op:
+  """As published training code does it: TensorFlow's default DCT, no antialiasing."""
+
+  def op(example, context):
+    tf = tensorflow()
+    shape = tf.io.extract_jpeg_shape(example["image"])
+    window = inception_window(shape, context.seed, (area, 100))
+    image = tf.io.decode_and_crop_jpeg(example["image"], window, channels=3)
+    return {**example, "image": tf.image.resize(image, (size, size), method="bilinear")}
+
+  return op
+
+
+def plain_crop(size: int, area: float) -> ops.Op:
+  """decode|inception_crop, with one draw."""
+  decode, crop = ops.decode(3), ops.inception_crop(size, area)
+  return lambda example, context: crop(decode(example, context), context)
+
+
+def crops(size: int, area: float) -> dict[str, ops.Op]:
+  """{name: op} of all ways but "cached"."""
+  fused = lambda scaled: ops.decode_jpeg_and_inception_crop(size, area, scaled=scaled)
+  scaled = {f"scaled {k:g}": fused(k) for k in SCALED}
+  public, plain = public_crop(size, area), plain_crop(size, area)
+  return {BASE: plain, "public": public, "fused": fused(0), **scaled}
+
+
+def sources(records: Records, size: int, area: float) -> dict[str, Source]:
+  """{name: the JPEGs, prepared in one of the ways}; of `cached`, pixels of the final size."""
+  pp = f"decode_jpeg_and_inception_crop({size}, {area:g})|value_range(-1, 1)"
+  found = {}
+  for name, crop in crops(size, area).items():
+    found[name] = Source(records, pp)
+    found[name].preprocess = Prepared(crop, size)  # The pipeline calls it, and asks for its spec.
+  count = min(len(records), CACHED)
+  pixels = np.random.default_rng(SEED).integers(0, 256, (count, size, size, 3), np.uint8)
+  found["cached"] = data.from_arrays("cached", pixels, None, 0, "flip_lr|value_range(-1, 1)")
+  return found
+
+
+def errors(records: Records, size: int, area: float, images: int) -> dict[str, float]:
+  """{name: mean absolute difference from full decode with antialiasing, of 255}, over some images.
+
+  Also "energy <name>": the mean squared difference of neighbours in a row, by that of BASE.
+  """
+  tf = tensorflow()
+  found, energies = {}, {}
+  for index in np.linspace(0, len(records) - 1, min(images, len(records)), dtype=np.int64):
+    example = records.parse(row(records, int(index)))
+    context = ops.Context(tf.constant([SEED, index], tf.int64), (None, None, 3))
+    results = {k: op(example, context)["image"].numpy() for k, op in crops(size, area).items()}
+    for name, image in results.items():
+      found.setdefault(name, []).append(np.abs(image - results[BASE]).mean())
+      energies.setdefault(name, []).append((np.diff(image, axis=1) ** 2).mean())
+  energy = {f"energy {k}": float(sum(v) / sum(energies[BASE])) for k, v in energies.items()}
+  return {**{k: float(np.mean(v)) for k, v in found.items()}, **energy}
+
+
+def time_one(source: Source, batch_size: int, batches: int) -> tuple[float, float]:
+  """(images/s by the process's CPU time, by the clock) of a pipeline that has begun to flow."""
+  stream = data.train_batches(source, batch_size, seed=SEED)
+  for _ in range(WARM_UP):
+    next(stream)
+  cpu, wall = time.process_time(), time.perf_counter()
+  for _ in range(batches):
+    next(stream)
+  cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+  del stream  # Its threads would read ahead while the next one is timed.
+  gc.collect()
+  return batches * batch_size / cpu, batches * batch_size / wall
+
+
+def measure(records: Records, size: int, args: argparse.Namespace) -> list[dict]:
+  """A row per way."""
+  found = sources(records, size, args.area_min)
+  off = errors(records, size, args.area_min, args.images)
+  times = {name: [] for name in found}
+  for _ in range(args.repeats):  # In turns: what slows the machine down slows all.
+    for name, source in found.items():
+      faster = FASTER if name == "cached" else 1
+      times[name].append(time_one(source, args.batch_size, args.batches * faster))
+  rows = []
+  for name, pairs in times.items():
+    per_core, wall = (list(column) for column in zip(*pairs, strict=True))
+    line = {"kind": name, "size": size, "per_core": statistics.median(per_core)}
+    line |= {"per_core_min": min(per_core), "per_core_max": max(per_core)}
+    line |= {"images_per_second": statistics.median(wall)}
+    for other in (BASE, "public"):
+      ratios = [a[0] / b[0] for a, b in zip(pairs, times[other], strict=True)]
+      line[f"times_{other}"] = statistics.median(ratios)
+      line[f"times_{other}_min"], line[f"times_{other}_max"] = min(ratios), max(ratios)
+    line |= {"error_of_255": off.get(name), "energy": off.get(f"energy {name}")}
+    rows.append(line)
+  return rows
+
+
+def machine(args: argparse.Namespace) -> dict:
+  """When and where this ran."""
+  return {
+    "benchmark": "input",
+    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "machine": platform.platform(),
+    "cores": os.cpu_count(),
+    "tensorflow": tensorflow().__version__,
+    **{k: v for k, v in vars(args).items() if k not in ("out", "size")},
+  }
+
+
+def show(line: dict) -> str:
+  """A row of the table."""
+  spread = lambda name, form: (
+    f"{line[name]:{form}} [{line[name + '_min']:{form}}, {line[name + '_max']:{form}}]"
+  )
+  cells = [f"{line['size']:>5}  {line['kind']:<12}{spread('per_core', '.0f'):>22}"]
+  cells.append(f"{line['images_per_second']:>10.0f}")
+  cells += [f"{spread(f'times_{other}', '.2f'):>22}" for other in (BASE, "public")]
+  off = line["error_of_255"]
+  cells.append(f"{'-':>8}" if off is None else f"{off:>8.2f}")
+  return "".join(cells)
+
+
+def work(args: argparse.Namespace) -> None:
+  records = open_jpegs(args.data, args.data_dir)
+  count = min(args.images, len(records))
+  print(f"{len(records)} JPEGs of {records.name}; error: mean of {count} images, of 255")
+  header = f"{'px':>5}  {'':<12}{'images/s per core':>22}{'images/s':>10}"
+  print(f"{header}{'times plain':>22}{'times public':>22}{'error':>8}")
+  for size in args.size:
+    for line in measure(records, size, args):
+      print(show(line), flush=True)
+      if args.out:
+        with open(args.out, "a", encoding="utf-8") as f:
+          f.write(json.dumps({**machine(args), **line}) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(
+    prog="benchmarks.input", description=__doc__.split("\n", maxsplit=1)[0]
+  )
+  parser.add_argument(
+    "--data", default="", help="TFDS name of the JPEGs, or folder:PATH; by default they are made"
+  )
+  parser.add_argument("--data_dir", default="", help="where TFDS keeps its data")
+  parser.add_argument("--size", type=positive, nargs="+", default=[64, 256], help="pixels")
+  parser.add_argument("--area_min", type=float, default=80, help="of a crop, percent of the area")
+  parser.add_argument("--batch_size", type=positive, default=64)
+  parser.add_argument("--batches", type=positive, default=16, help="that are timed at a time")
+  parser.add_argument("--images", type=positive, default=100, help="over which errors are taken")
+  parser.add_argument("--repeats", type=positive, default=5, help="medians are over so many")
+  parser.add_argument("--out", help="append JSON lines to this file")
+  args = parser.parse_args(argv)
+  run(lambda: work(args))
+
+
+if __name__ == "__main__":
+  main()
