@@ -28,6 +28,7 @@ ARGUMENTS = dict(
   dtype="bfloat16",  # of the computation: bfloat16 or float32
   scan="auto",  # loop over layers, compiles faster, runs slower: true, false or auto
   remat="auto",  # what is computed again to save memory: none, dots, full or auto
+  attention="auto",  # xla, cudnn (GPU), pallas (TPU), or auto: by platform and shape
   fsdp=1,  # devices that share one copy of parameters, average and optimiser; 0: all
   accumulate=1,  # parts of a batch, worked on one after the other: less memory, slower
   seed=0,  # of initialisation, order, crops, noise and masks
@@ -39,6 +40,7 @@ CHOICES = dict(
   adaln=("true", "shared", "false"),
   scan=("auto", "true", "false"),
   remat=("auto", "none", "dots", "full"),
+  attention=("auto", "xla", "cudnn", "pallas"),
 )
 CONDITIONS = {"true": "adaln", "shared": "adaln_shared", "false": "token"}
 
@@ -153,7 +155,7 @@ def scaled(lr: float, batch_size: int) -> float:
 
 
 def _network(a) -> dict:
-  model = {k: a[k] for k in ("variant", "dtype", "scan", "remat")}
+  model = {k: a[k] for k in ("variant", "dtype", "scan", "remat", "attention")}
   model |= dict(heads=("x0", "eps"), condition=CONDITIONS[a.adaln])
   path = dict(name=a.path, timesteps=a.timesteps)
   return dict(model=model, path=path, fsdp=a.fsdp, accumulate=a.accumulate)

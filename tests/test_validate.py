@@ -156,7 +156,7 @@ SPEC = ("pp", "data_dir", "cache", "max_bad")
 OPTIONAL = {
   "checkpoint": ("keep_every", "best"),
   "guard": ("max_skipped", "spike_sigma", "spike_window"),
-  "model": ("condition", "dtype", "scan", "remat"),
+  "model": ("condition", "dtype", "scan", "remat", "attention"),
   "path": ("timesteps",),
   "optim": ("mu_dtype",),
   "streams.*": ("timesteps", "mask_ratio", "labels"),

@@ -27,8 +27,8 @@ from umd.state import init_state
 
 # What may change between two starts of one run without making it another run.
 HARMLESS = (
-  *("accumulate", "checkpoint", "data.max_bad", "evals", "fsdp", "log_every", "model.remat"),
-  *("model.scan", "summary", "wandb"),
+  *("accumulate", "checkpoint", "data.max_bad", "evals", "fsdp", "log_every"),
+  *("model.attention", "model.remat", "model.scan", "summary", "wandb"),
 )
 
 

@@ -113,9 +113,10 @@ def _comments(source: str) -> dict[int, str]:
 
 def _groups(module: ModuleType, about: Mapping[str, Argument]) -> dict[str, list[str]]:
   """{file: names of the arguments that it has first}; the config's own come first."""
-  # What builds on another file has all of that one's arguments, and more.
   homes = dict.fromkeys(a.home for a in about.values())
-  homes = sorted(homes, key=lambda home: (home is not module, -len(vars(home)[NAME])))
+  # What builds on others comes before them.
+  others = lambda home: sum(x in homes for x in vars(home).values() if isinstance(x, ModuleType))
+  homes = sorted(homes, key=lambda home: (home is not module, -others(home)))
   files = {os.path.relpath(home.__file__): [] for home in homes}
   for name, argument in about.items():
     files[os.path.relpath(argument.home.__file__)].append(name)

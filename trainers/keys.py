@@ -16,6 +16,7 @@ from umd.codec import Latents
 from umd.guard import Guard
 from umd.inference import Inference
 from umd.kl_objective import ERRORS, KLObjective
+from umd.models.attention import IMPLEMENTATIONS
 from umd.models.autoencoder import AutoEncoder, parse_variant
 from umd.models.blocks import CONDITIONS, REMAT
 from umd.models.vae import Architecture, KLAutoEncoder
@@ -83,6 +84,7 @@ MODEL = Section(
     dtype=("float32", "bfloat16"),
     scan=Field(str, ("auto", "true", "false"), required=False),
     remat=("auto", *REMAT),
+    attention=IMPLEMENTATIONS,
   ),
   build=lambda variant, **_: parse_variant(variant),
 )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from umd.masking import Mask, gather, num_kept, patchify, scatter
+from umd.models.attention import IMPLEMENTATIONS
 from umd.models.blocks import CONDITIONS, REMAT, Stack, modulate
 from umd.models.embeddings import LabelEmbedding, TimeEmbedding
 from umd.placement import by_batch
@@ -91,6 +92,7 @@ class AutoEncoder(nn.Module):
       time embedding stay float32.
     scan: run the layers as a loop.
     remat: what the backward pass computes again, key of `blocks.REMAT`.
+    attention: one of `attention.IMPLEMENTATIONS`; "auto" chooses by platform and shape.
   """
 
   variant: str
@@ -102,6 +104,7 @@ class AutoEncoder(nn.Module):
   dtype: str = "float32"
   scan: bool = False
   remat: str = "none"
+  attention: str = "auto"
 
   def __post_init__(self):
     shape, (height, width, _) = parse_variant(self.variant), self.image_size
@@ -110,7 +113,8 @@ class AutoEncoder(nn.Module):
         f"model.variant={self.variant!r}: the patch of {shape.patch} px does not divide the image "
         f"of {height} x {width} px. Choose another patch or image size."
       )
-    for name, known in (("condition", CONDITIONS), ("remat", REMAT)):
+    choices = dict(condition=CONDITIONS, remat=REMAT, attention=IMPLEMENTATIONS)
+    for name, known in choices.items():
       if (value := getattr(self, name)) not in known:
         raise ValueError(f"model.{name}={value!r} is not one of {list(known)}.")
     super().__post_init__()
@@ -137,7 +141,8 @@ class AutoEncoder(nn.Module):
   def setup(self):
     s, dtype = self.shape, jnp.dtype(self.dtype)
     normal, pos = nn.initializers.normal(0.02), nn.initializers.normal(self.tokens**-0.5)
-    stack = lambda depth: Stack(depth, s.heads, self.condition, dtype, self.scan, self.remat)
+    how = self.condition, dtype, self.scan, self.remat, self.attention
+    stack = lambda depth: Stack(depth, s.heads, *how)
     self.embed = nn.Dense(s.width, dtype=dtype)
     self.pos_embed = self.param("pos_embed", pos, (self.tokens, s.width))
     self.decoder_pos_embed = self.param("decoder_pos_embed", pos, (self.tokens, s.width))

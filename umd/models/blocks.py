@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from umd import placement
+from umd.models.attention import attend
 from umd.placement import LAYERS
 
 # How a block sees the timestep and the label.
@@ -36,10 +37,11 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention; q, k and v come from one matrix, softmax in float32."""
+  """Multi-head self-attention; `implementation` is one of `attention.IMPLEMENTATIONS`."""
 
   heads: int
   dtype: jnp.dtype
+  implementation: str = "auto"
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
@@ -50,11 +52,14 @@ class Attention(nn.Module):
     )
     kernel = self.param("qkv_kernel", init, (width, 3, width), jnp.float32)
     bias = self.param("qkv_bias", nn.initializers.zeros, (3, width), jnp.float32)
-    qkv = x @ kernel.reshape(width, -1).astype(self.dtype) + bias.reshape(-1).astype(self.dtype)
-    q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, self.heads, width // self.heads), 2, 0)
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(logits * (width // self.heads) ** -0.5, axis=-1).astype(self.dtype)
-    out = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(b, n, width)
+    # Three products: of one, q, k and v would be slices, which TPUs copy before they use them.
+    q, k, v = (
+      (x @ kernel[:, i].astype(self.dtype) + bias[i].astype(self.dtype)).reshape(
+        b, n, self.heads, width // self.heads
+      )
+      for i in range(3)
+    )
+    out = attend(q, k, v, self.implementation).reshape(b, n, width)
     return nn.Dense(width, kernel_init=xavier, dtype=self.dtype, name="out")(out)
 
 
@@ -88,10 +93,11 @@ class Block(nn.Module):
   heads: int
   condition: str
   dtype: jnp.dtype
+  attention: str = "auto"
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"], cond: Float[Array, "b _"]):
-    attention = Attention(self.heads, self.dtype, name="attention")
+    attention = Attention(self.heads, self.dtype, self.attention, name="attention")
     mlp = MLP(self.dtype, name="mlp")
     norm1, norm2 = LayerNorm(name="norm1"), LayerNorm(name="norm2")
     if self.condition == "token":
@@ -124,6 +130,7 @@ class Stack(nn.Module):
     dtype: of the computation.
     scan: run the layers as a loop.
     remat: key of REMAT, what the backward pass computes again.
+    attention: one of `attention.IMPLEMENTATIONS`.
   """
 
   depth: int
@@ -132,6 +139,7 @@ class Stack(nn.Module):
   dtype: jnp.dtype
   scan: bool = False
   remat: str = "none"
+  attention: str = "auto"
 
   def setup(self):
     settings = dict(variable_axes={"params": 0}, split_rngs={"params": True})
@@ -142,7 +150,7 @@ class Stack(nn.Module):
   @property
   def block(self) -> tuple:
     """Attributes of each block."""
-    return self.heads, self.condition, self.dtype
+    return self.heads, self.condition, self.dtype, self.attention
 
   def __call__(self, x: Float[Array, "b n d"], cond: Float[Array, "b _"]):
     if self.is_initializing():
