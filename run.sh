@@ -12,12 +12,14 @@ usage() {
 Usage: bash run.sh MODULE [ARGUMENTS]   run a program, as python -m MODULE ARGUMENTS
        bash run.sh test [ARGUMENTS]     run the tests; arguments go to pytest
        bash run.sh demo [ARGUMENTS]     serve a page to try a model on: tools.demo
+       bash run.sh fit [ARGUMENTS]      whether a run fits, and how fast: tools.fit
 
 Modules: $(modules | xargs)
 
 The first call makes .venv with Python >= 3.11 (UMD_PYTHON chooses one) and installs
 requirements.txt for the accelerator it finds; UMD_ACCELERATOR=cpu|cuda|tpu overrides that.
-The first demo installs requirements-demo.txt. Later calls start at once, until those change.
+The first demo installs requirements-demo.txt, the first fit the TPU's compiler. Later calls start
+at once, until those change.
 
 Example: bash run.sh train --config configs/quickstart.py --workdir runs/quickstart
 TEXT
@@ -116,6 +118,22 @@ install_demo() {
   unlock
 }
 
+install_fit() {
+  local want
+  want="$(cksum < requirements-fit.txt)"
+  if [[ "$(cat .venv/installed_fit 2>/dev/null)" == "$want" ]]; then
+    return
+  fi
+  lock
+  echo "Installing the TPU's compiler into .venv/libtpu (once; 200 MB)" >&2
+  # Beside the packages: among them, every start of JAX would look for a TPU with it.
+  rm -rf .venv/libtpu
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+    --target .venv/libtpu -r requirements-fit.txt >&2
+  echo "$want" > .venv/installed_fit
+  unlock
+}
+
 case "${1:-}" in
   "" | -h | --help | help) usage; exit 0 ;;
 esac
@@ -123,6 +141,8 @@ module="$1"
 shift
 if [[ "$module" == demo ]]; then
   module=tools.demo
+elif [[ "$module" == fit ]]; then
+  module=tools.fit
 fi
 if [[ "$module" != test ]] && ! modules | grep -qxF -- "$module"; then
   echo "error: no module '$module' here." >&2
@@ -132,6 +152,8 @@ fi
 install "$(accelerator)"
 if [[ "$module" == tools.demo ]]; then
   install_demo
+elif [[ "$module" == tools.fit && "$(accelerator)" != tpu ]]; then
+  install_fit
 fi
 if [[ "$module" == test ]]; then
   exec .venv/bin/python -m pytest "$@"

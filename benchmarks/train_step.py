@@ -7,6 +7,7 @@ weights, batch and random numbers, on synthetic images; they run in turns in one
 what else the machine does slows all of them. `ours` is the model as it is by default, `plain` what
 `benchmarks/plain.py` says, others are ours with the options that their names say. GFLOP/s are of
 the model's own matrix products (`umd.flops`): work done again to save memory does not count.
+`x plain` compares images/s, `by cores` the seconds of all cores, which other work hardly changes.
 Memory is the compiler's account of one device: arguments (state and batch) and temporaries.
 """
 
@@ -130,43 +131,58 @@ def compile_step(case: str, method: str, dtype: str, variant: str) -> Candidate:
   return Candidate(compiled, state, batch, row)
 
 
-def time_in_turns(candidates: list[Candidate], repeats: int, inner: int) -> list[list[float]]:
-  """Seconds of a step, for each candidate and round; a round is `inner` steps of each."""
-  seconds, states = [[] for _ in candidates], [c.state for c in candidates]
+class Times(NamedTuple):
+  """Seconds of a step in each round: by the wall clock, and of all cores of this process.
+
+  Seconds of cores hardly change with what else the machine does; of an accelerator they say little.
+  """
+
+  wall: list[float]
+  cores: list[float]
+
+
+def time_in_turns(candidates: list[Candidate], repeats: int, inner: int) -> list[Times]:
+  """The times of each candidate; a round is `inner` steps of each."""
+  times, states = [Times([], []) for _ in candidates], [c.state for c in candidates]
   for _ in range(repeats):
     for i, candidate in enumerate(candidates):
-      start = time.perf_counter()
+      wall, cores = time.perf_counter(), time.process_time()
       for _ in range(inner):
         states[i], _ = candidate.compiled(states[i], candidate.batch, ())
       jax.block_until_ready(states[i])
-      seconds[i].append((time.perf_counter() - start) / inner)
-  return seconds
+      times[i].wall.append((time.perf_counter() - wall) / inner)
+      times[i].cores.append((time.process_time() - cores) / inner)
+  return times
 
 
-def summarise(candidates: list[Candidate], seconds: list[list[float]]) -> Iterator[dict]:
-  """A row per candidate; `times_plain` is the median over the rounds, with the extremes."""
+def against(plain: list[float], own: list[float]) -> tuple[float, tuple[float, float]]:
+  """How many times as fast as the plain variant: median over the rounds, and the extremes."""
+  ratios = [b / a for a, b in zip(own, plain, strict=True)]
+  return statistics.median(ratios), (min(ratios), max(ratios))
+
+
+def summarise(candidates: list[Candidate], times: list[Times]) -> Iterator[dict]:
+  """A row per candidate: rates from medians, and how it compares to the plain variant."""
   names = [c.row["variant"] for c in candidates]
-  plain = seconds[names.index("plain")] if "plain" in names else None
+  plain = times[names.index("plain")] if "plain" in names else None
   device = jax.devices()[0]
-  for candidate, own in zip(candidates, seconds, strict=True):
-    row, middle = candidate.row, statistics.median(own)
+  for candidate, own in zip(candidates, times, strict=True):
+    row, middle = candidate.row, statistics.median(own.wall)
     rate = 1e9 * row["gflop_per_step"] / middle / jax.device_count()
     peak = chips.peak_flops(device.device_kind, row["dtype"])
     batch_size = len(candidate.batch["label"])
     more = dict(
       images_per_second=batch_size / middle,
-      images_per_second_best=batch_size / min(own),
+      images_per_second_best=batch_size / min(own.wall),
+      core_seconds=statistics.median(own.cores),
       gflops_per_second=rate / 1e9,
       mfu=rate / peak if peak else None,
       device_peak_mib=((device.memory_stats() or {}).get("peak_bytes_in_use", 0)) / 2**20 or None,
     )
     if plain:
-      ratios = [b / a for a, b in zip(own, plain, strict=True)]
-      more |= dict(
-        times_plain=statistics.median(ratios),
-        times_plain_range=(min(ratios), max(ratios)),
-      )
-    yield {**row, **more, "seconds": own}
+      more["times_plain"], more["times_plain_range"] = against(plain.wall, own.wall)
+      more["times_plain_cores"], _ = against(plain.cores, own.cores)
+    yield {**row, **more, "seconds": own.wall}
 
 
 def machine(args: argparse.Namespace) -> dict:
@@ -195,6 +211,8 @@ COLUMNS = {
   "best": ("images_per_second_best", "{:.2f}"),
   "x plain": ("times_plain", "{:.2f}"),
   "(range)": ("times_plain_range", "{0[0]:.2f}-{0[1]:.2f}"),
+  "by cores": ("times_plain_cores", "{:.2f}"),
+  "core s": ("core_seconds", "{:.3f}"),
   "GFLOP": ("gflop_per_step", "{:.0f}"),
   "GFLOP/s": ("gflops_per_second", "{:.0f}"),
   "MFU": ("mfu", "{:.1%}"),

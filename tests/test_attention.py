@@ -188,6 +188,11 @@ def test_choice_on_tpu(shape, dtype, asked, chosen):
     assert choose(shape, dtype, asked) == chosen
 
 
+def test_old_tpus_get_what_the_compiler_makes():
+  with jax.sharding.use_abstract_mesh(mesh_of(4, AbstractDevice("TPU v3", 1, "tpu"))[1]):
+    assert choose(DECODER, jnp.bfloat16, "pallas") == "xla"
+
+
 def test_without_a_mesh_several_devices_get_what_the_compiler_can_split(monkeypatch):
   monkeypatch.setattr(attention, "current_platform", lambda: "tpu")
   assert choose(DECODER, jnp.bfloat16) == "xla"

@@ -87,11 +87,13 @@ def fake(variant, said):
 def test_candidates_take_turns_and_are_compared_round_by_round():
   said = []
   both = [fake("ours", said), fake("plain", said)]
-  seconds = train_step.time_in_turns(both, repeats=2, inner=3)
+  times = train_step.time_in_turns(both, repeats=2, inner=3)
   assert said == (["ours"] * 3 + ["plain"] * 3) * 2
-  assert [len(s) for s in seconds] == [2, 2]
+  assert [(len(t.wall), len(t.cores)) for t in times] == [(2, 2), (2, 2)]
   # The machine slows down after the first round: the ratios hardly see it.
-  ours, plain = train_step.summarise(both, [[1.0, 10.0, 2.0], [2.0, 30.0, 5.0]])
+  times = [([1.0, 10.0, 2.0], [1.0, 1.0, 1.0]), ([2.0, 30.0, 5.0], [1.5, 1.5, 1.5])]
+  ours, plain = train_step.summarise(both, [train_step.Times(*t) for t in times])
+  assert ours["times_plain_cores"] == 1.5
   assert (ours["times_plain"], ours["times_plain_range"]) == (2.5, (2.0, 3.0))
   assert plain["times_plain"] == 1.0 and ours["images_per_second"] == 3.0
   assert ours["gflops_per_second"] == pytest.approx(8.0 / 2.0 / jax.device_count())
@@ -99,7 +101,7 @@ def test_candidates_take_turns_and_are_compared_round_by_round():
 
 
 def test_without_the_plain_variant_there_is_no_ratio():
-  (row,) = train_step.summarise([fake("ours", [])], [[2.0]])
+  (row,) = train_step.summarise([fake("ours", [])], [train_step.Times([2.0], [2.0])])
   assert "times_plain" not in row and "2.00" not in train_step.cells(row).split()[4:6]
 
 

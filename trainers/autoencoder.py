@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import evaluators
-from trainers import logs, methods, runs
+from trainers import layout, logs, methods, runs
 from trainers.loop import Loop
 from trainers.step import Training
 from umd import chips, data, flops, metrics, optim, sharding, transfer
@@ -32,10 +32,13 @@ HARMLESS = (
 )
 
 
-def make_model(config: ConfigDict, image_size: tuple[int, int, int], num_classes: int):
-  """The config's auto-encoder for images (H, W, C), or for latents of that size."""
+def make_model(config: ConfigDict, image_size: tuple[int, int, int], num_classes: int, **how):
+  """The config's auto-encoder for images (H, W, C), or for latents of that size.
+
+  `how` are attributes in place of the config's, see `trainers.layout`.
+  """
   num_classes = num_classes if config.use_labels else 0
-  settings = runs.as_it_runs(config.model.to_dict())
+  settings = {**runs.as_it_runs(config.model.to_dict()), **how}
   return AutoEncoder(image_size=image_size, num_classes=num_classes, **settings)
 
 
@@ -64,6 +67,36 @@ class Parts(NamedTuple):
   work: metrics.Work
 
 
+def assemble(
+  config: ConfigDict, mesh: Mesh, source: data.Source, codec: Codec, seen: tuple[int, int, int]
+) -> Parts:
+  """Model, objective and optimiser for what the model sees, (h, w, c); no evaluators yet.
+
+  Of the source its number of classes counts, and its length where the run's is in epochs.
+  """
+  path, streams = make_path(**config.path.to_dict()), methods.make_streams(config.streams)
+
+  def build(how: dict) -> Objective:
+    model = make_model(config, seen, source.num_classes, **how)
+    return Objective(model, path, streams, config.batch_size, config.label_drop_prob)
+
+  objective = layout.settle(config, build, mesh)
+  sharding.check_accumulates(config.accumulate, config.batch_size, objective.period, mesh)
+  steps, settings = count_steps(config, len(source)), config.optim.to_dict()
+  schedule = optim.make_schedule(settings.pop("lr"), steps, settings.pop("warmup"))
+  tx = optim.make_optimizer(schedule, **settings)
+  work = count_work(objective.model, streams, config.batch_size, mesh)
+  return Parts(
+    mesh, source, codec, objective.model, steps, streams, objective, schedule, tx, [], work
+  )
+
+
+def count_work(model: AutoEncoder, streams, batch_size: int, mesh: Mesh) -> metrics.Work:
+  """What a step asks of each device of the mesh; the codec's share is not counted."""
+  total, kind = flops.train_step(model, streams, batch_size), mesh.devices.flat[0].device_kind
+  return metrics.Work(total / mesh.size, chips.peak_flops(kind, model.dtype))
+
+
 def prepare(config: ConfigDict, workdir: str, cache: str, init_from: str = "") -> Parts:
   """Builds everything that can be wrong; takes seconds, compiles and writes nothing.
 
@@ -81,28 +114,16 @@ def prepare(config: ConfigDict, workdir: str, cache: str, init_from: str = "") -
     raise ValueError(f"use_labels=True, but {source.name!r} has no labels. Set use_labels=False.")
   codec = make_codec(config.latents.to_dict(), mesh)
   runs.check_same_vae(workdir, codec.sha256)
-  model = make_model(config, codec.source_size("data", source), source.num_classes)
-  path, streams = make_path(**config.path.to_dict()), methods.make_streams(config.streams)
-  objective = Objective(model, path, streams, config.batch_size, config.label_drop_prob)
-  sharding.check_accumulates(config.accumulate, config.batch_size, objective.period, mesh)
-  steps, settings = count_steps(config, len(source)), config.optim.to_dict()
-  schedule = optim.make_schedule(settings.pop("lr"), steps, settings.pop("warmup"))
-  tx = optim.make_optimizer(schedule, **settings)
-  inference, size = Inference(model, path), config.eval_batch_size
-  context = evaluators.Context(inference, streams, mesh, size, config.seed, cache, codec=codec)
+  parts = assemble(config, mesh, source, codec, codec.source_size("data", source))
+  inference = Inference(parts.model, make_path(**config.path.to_dict()))
+  shared = (inference, parts.streams, mesh, config.eval_batch_size, config.seed, cache)
+  context = evaluators.Context(*shared, codec=codec)
   scheduled = evaluators.from_config(config.evals.to_dict(), context)
   if init_from:
     runs.check_same_vae(init_from, codec.sha256)
-    shapes = jax.eval_shape(init_params(model), jax.random.key(0))
+    shapes = jax.eval_shape(init_params(parts.model), jax.random.key(0))
     runs.check_fits(init_from, shapes, config.init_fresh)
-  work = count_work(model, streams, config.batch_size, mesh)
-  return Parts(mesh, source, codec, model, steps, streams, objective, schedule, tx, scheduled, work)
-
-
-def count_work(model: AutoEncoder, streams, batch_size: int, mesh: Mesh) -> metrics.Work:
-  """What a step asks of each device of the mesh; the codec's share is not counted."""
-  total, kind = flops.train_step(model, streams, batch_size), mesh.devices.flat[0].device_kind
-  return metrics.Work(total / mesh.size, chips.peak_flops(kind, model.dtype))
+  return parts._replace(evaluators=scheduled)
 
 
 def init_params(model: AutoEncoder) -> Callable:

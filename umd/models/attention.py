@@ -2,7 +2,7 @@
 
 - "xla": a few lines of JAX, anywhere; the reference, and what float32 gets.
 - "cudnn": NVIDIA's fused attention, for 16-bit floats on GPUs from Ampere on.
-- "pallas": our kernel for short sequences on TPU, see `umd.models.attention_kernel`.
+- "pallas": our kernel for short sequences on TPU v4 and later, see `umd.models.attention_kernel`.
 
 The platform is that of the mesh in whose context the caller traces (`jax.set_mesh`, or
 `jax.sharding.use_abstract_mesh`, also for a TPU that is not there), or else JAX's default. The
@@ -60,6 +60,12 @@ def current_platform() -> str:
   return "gpu" if platform in ("cuda", "rocm") else platform
 
 
+def _has_kernel_units() -> bool:
+  """Whether the TPU multiplies bfloat16 as the kernel asks: from v4 on."""
+  device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+  return not device.device_kind.startswith(("TPU v2", "TPU v3"))
+
+
 def _compute_capability() -> float:
   """Of this machine's NVIDIA GPUs, 8.0 being Ampere; 0 for others."""
   if jax.default_backend() != "gpu":  # A program for a GPU that is elsewhere.
@@ -114,7 +120,7 @@ def choose(shape: tuple[int, ...], dtype, implementation: str = "auto") -> str:
   shares = 1
   for axis in _split_axes(mesh):
     shares *= mesh.shape[axis]
-  if batch % shares:
+  if batch % shares or not _has_kernel_units():
     return "xla"
   if implementation == "pallas":
     return "pallas"

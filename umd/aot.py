@@ -1,0 +1,232 @@
+"""Compiles for accelerators that are not here, and tells what the compiler says of the program.
+
+libtpu holds the whole compiler of every TPU, and a topology stands for the chips of a slice, so a
+step compiles as it would there: memory, collectives, order of instructions. Nothing is run.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from umd import chips, hlo
+
+GIB = 2**30
+EXAMPLES = "v5e:4x4, v6e:2x4, v4:2x2x1, v5p:4x4x4"
+# Chips of two cores that JAX is to see as one device.
+MEGACORE = ("v4",)
+
+
+class Clock(NamedTuple):
+  """Hz of a TPU core, and bytes/s over all links of a device, in one direction."""
+
+  rate: float
+  links: float
+
+
+# Clocks of v2, v3: Jouppi et al. 2020 (CACM 63:7), table 3; of v4: Jouppi et al. 2023
+# (arXiv:2304.01433), table 4; of later ones: peak / (matrix units x 2 x their multipliers). Links:
+# the same papers, and half of the bidirectional bandwidth on Google Cloud's page of each version.
+CLOCKS = {
+  "TPU v2": Clock(0.70e9, 124e9),
+  "TPU v3": Clock(0.94e9, 164e9),
+  "TPU v4": Clock(1.05e9, 300e9),
+  "TPU v5 lite": Clock(1.50e9, 200e9),
+  "TPU v5": Clock(1.75e9, 600e9),
+  "TPU v6 lite": Clock(1.75e9, 400e9),
+}
+
+
+def library() -> str:
+  """The file of libtpu, the TPU's compiler: of $TPU_LIBRARY_PATH, of an installed package, or where
+  `bash run.sh fit` puts it, beside the packages, so that nothing else loads it; "" if none.
+  """
+  found = importlib.util.find_spec("libtpu")
+  installed = list(found.submodule_search_locations) if found else []
+  own = os.path.join(sys.prefix, "libtpu", "libtpu")
+  paths = [os.path.join(folder, "libtpu.so") for folder in (*installed, own)]
+  paths = [os.environ.get("TPU_LIBRARY_PATH", ""), *paths]
+  return next((path for path in paths if os.path.isfile(path)), "")
+
+
+def prepare() -> None:
+  """Sets what libtpu and JAX must find before JAX looks for devices: to be called first.
+
+  Programs for TPUs compile on the CPU, and a TPU of this machine is left alone.
+  """
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  if path := library():
+    os.environ["TPU_LIBRARY_PATH"] = path
+  jax.config.update("jax_platforms", "cpu")
+
+
+def tpu_devices(topology: str) -> list:
+  """The devices of a slice such as "v5e:4x4", none of which is here; see `prepare`.
+
+  Raises:
+    ValueError: libtpu is missing or there is no such slice.
+  """
+  if not library():
+    raise ValueError(
+      f"topology {topology!r} needs the TPU's compiler, which is not installed. Start the program "
+      "with bash run.sh fit, or pip install libtpu."
+    )
+  version = topology.partition(":")[0]
+  options = {"chip_config_name": "megacore"} if version in MEGACORE else {}
+  try:
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+  except RuntimeError as error:
+    first = str(error).splitlines()[0]
+    raise ValueError(
+      f"topology {topology!r} is no TPU slice: {first} Examples: {EXAMPLES}."
+    ) from None
+  return list(found.devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """What the compiler says of a program that fits; bytes are of one device.
+
+  Attributes:
+    arguments: what it is given: state, batch, frozen parameters.
+    outputs: what it returns and does not write over its arguments.
+    temporaries: the most that it needs in between.
+    program: its instructions; None where the compiler does not print them.
+    text: of them.
+  """
+
+  arguments: int
+  outputs: int
+  temporaries: int
+  program: hlo.Program | None
+  text: str
+
+  @property
+  def peak(self) -> int:
+    return self.arguments + self.outputs + self.temporaries
+
+
+@dataclasses.dataclass(frozen=True)
+class OutOfMemory:
+  """What the compiler says of a program that does not fit; bytes are of one device.
+
+  Attributes:
+    peak: what it needs, and
+    capacity: what there is.
+  """
+
+  peak: int
+  capacity: int
+
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+
+
+def out_of_memory(message: str) -> OutOfMemory | None:
+  """What a compiler's error says of memory; None if it is about something else."""
+  if "RESOURCE_EXHAUSTED" not in message or not (found := _USED.search(message)):
+    return None
+  used, used_unit, capacity, unit = found.groups()
+  return OutOfMemory(int(float(used) * UNITS[used_unit]), int(float(capacity) * UNITS[unit]))
+
+
+def compile_step(lowered: jax.stages.Lowered) -> Compiled | OutOfMemory:
+  """Compiles a lowered step; what does not fit is an answer, not an error."""
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if found := out_of_memory(str(error)):
+      return found
+    raise
+  told = compiled.memory_analysis()
+  try:
+    text = compiled.as_text()
+  except (jax.errors.JaxRuntimeError, NotImplementedError):
+    text = ""  # Of v6e and TPU7x it is not to be had.
+  outputs = max(0, told.output_size_in_bytes - told.alias_size_in_bytes)
+  program = hlo.parse(text) if text else None
+  return Compiled(
+    told.argument_size_in_bytes, outputs, told.temp_size_in_bytes, program, text or ""
+  )
+
+
+class Speed(NamedTuple):
+  """Seconds of a step, and the share of the devices' peak (MFU) that follows: from worst to best.
+
+  Best: the compiler's cycles at the chip's clock, collectives hidden behind them. An instruction's
+  cycles are the larger of its arithmetic and its memory traffic, roughly. Worst: these two take
+  turns everywhere, so at most twice the cycles, and the collectives come on top.
+  """
+
+  seconds: tuple[float, float]
+  mfu: tuple[float, float]
+
+
+def speed(
+  program: hlo.Program, device_kind: str, devices: int, flops: float, dtype: str
+) -> Speed | None:
+  """How fast the compiler thinks that a program is; None where it does not say.
+
+  Args:
+    program: of one device.
+    device_kind: as JAX names it.
+    devices: that run it.
+    flops: of the whole step, over all of them; see `umd.flops`.
+    dtype: of the computation.
+  """
+  cycles, clock = program.cycles(), CLOCKS.get(device_kind)
+  peak = chips.peak_flops(device_kind, dtype)
+  if not cycles or not clock or not peak:
+    return None
+  passes = {"all-reduce": 2}  # A reduce-scatter and an all-gather.
+  sent = sum(size * passes.get(kind, 1) for kind, (_, size) in program.collectives().items())
+  best = cycles / clock.rate
+  worst = 2 * best + (sent / clock.links if devices > 1 else 0.0)
+  share = lambda seconds: flops / (seconds * peak * devices)
+  return Speed((worst, best), (share(worst), share(best)))
+
+
+def largest(
+  peak: Callable[[int], int], capacity: int, start: int, unit: int, tries: int = 6
+) -> int:
+  """The largest batch that fits, nearly: memory is a line in the batch, nearly.
+
+  Args:
+    peak: bytes that a device needs for a batch; each call may be a compilation. What it says of
+      the answer was checked by such a call.
+    capacity: bytes that a device has.
+    start: a batch to begin from, a multiple of `unit`.
+    unit: what the batch must be a multiple of.
+    tries: calls at most.
+
+  Returns 0 if not even `unit` fits.
+  """
+  known, batch = {}, start
+  for _ in range(tries):
+    known[batch] = peak(batch)
+    fits = max((b for b, p in known.items() if p <= capacity), default=0)
+    fails = min((b for b, p in known.items() if p > capacity), default=None)
+    if fails == unit or (fails is not None and fails - fits <= unit):
+      break
+    if len(known) == 1:
+      batch = start // 2 // unit * unit or 2 * unit
+      continue
+    (b0, p0), (b1, p1) = sorted(known.items(), key=lambda x: abs(x[1] - capacity))[:2]
+    slope = (p1 - p0) / (b1 - b0)
+    aim = (b0 + (capacity - p0) / slope) if slope > 0 else 2 * max(known)
+    low, high = fits + unit, (fails - unit if fails is not None else 2**31)
+    batch = int(min(max(aim // unit * unit, low), high))
+    # Within a step of what is known to fit there is little to gain: a sixteenth.
+    if fits and batch - fits <= max(unit, fits // 16) and len(known) > 2:
+      break
+  return fits
