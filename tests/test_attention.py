@@ -255,8 +255,8 @@ def test_the_token_that_cudnn_is_given_more_has_no_weight(monkeypatch):
 def test_a_stack_of_blocks_lowers_for_tpu_with_one_kernel_each_way():
   stack = Stack(2, 2, "adaln", jnp.dtype("bfloat16"), scan=True, remat="full")
   x, cond = shape_of(8, 130, 128), shape_of(8, 128)
-  params = jax.eval_shape(stack.init, jax.random.key(0), x, cond)
-  loss = lambda p, x, c: stack.apply(p, x, c).astype(jnp.float32).sum()
+  params = jax.eval_shape(stack.init, jax.random.key(0), [(x, cond)])
+  loss = lambda p, x, c: stack.apply(p, [(x, c)])[0].astype(jnp.float32).sum()
   mesh, abstract = mesh_of(4, TPU)
   rows, whole = (NamedSharding(mesh, PartitionSpec(*s)) for s in ([("data", "fsdp")], []))
   with jax.sharding.use_abstract_mesh(abstract):

@@ -131,7 +131,7 @@ class Model(nn.Module):
   encoder: nn.Module
 
   def __call__(self, x, cond):
-    return self.encoder(x, cond)
+    return self.encoder([(x, cond)])[0]
 
 
 TERMS = {"clean/x0": jnp.float32(1.0), "noised/x0": jnp.float32(2.0)}
@@ -162,7 +162,7 @@ def test_gradients_are_named_from_the_loss_backwards():
   """They overflow on their way through a layer, so that it and those before it are reached."""
   model = Stack(3, heads=1, condition="token", dtype=jnp.dtype("float32"))
   x, cond = jnp.asarray(IMAGES[:, :, :, 0]), jnp.ones((BATCH, 8))
-  params = {"encoder": jax.device_get(model.init(jax.random.key(0), x, cond)["params"])}
+  params = {"encoder": jax.device_get(model.init(jax.random.key(0), [(x, cond)])["params"])}
   spoil = jax.custom_vjp(lambda x: x)
   spoil.defvjp(
     lambda x: (x, None), lambda _, g: (g.at[1].multiply(jnp.inf).at[0].multiply(jnp.inf),)

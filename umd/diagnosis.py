@@ -39,7 +39,7 @@ class Watch:
   def __init__(self, streams: Sequence[str]):
     """`streams` are the names of what the model encodes, in order."""
     self.names, self.values, self.parts = [], [], []
-    self._streams = iter(streams)
+    self._streams, self._names = iter(streams), list(streams)
     self._all = ALL if len(streams) > 1 else f"stream {streams[0]!r}"
     self._stream, self._prefix = self._all, ()
     self._inside: list[str] = []  # The parts that are being computed, outermost first.
@@ -57,9 +57,9 @@ class Watch:
     """The interceptor for `flax.linen.intercept_methods`."""
     if context.module.scope is None or context.method_name == "setup":
       return next_fun(*args, **kwargs)  # No computation: a question to the model, such as `keep`.
-    if context.method_name == "encode":  # Before and after it the streams are one batch.
+    if context.method_name in ("show", "encode"):  # Of an AutoEncoder, of a KLAutoEncoder.
       self._stream = f"stream {next(self._streams, '?')!r}"
-    elif context.method_name == "decode":
+    elif context.method_name in ("pool", "decode"):
       self._stream = self._all
     path = [*self._prefix, *context.module.path]
     method = [] if context.method_name == "__call__" else [context.method_name]
@@ -77,8 +77,16 @@ class Watch:
     self._note(name, out)
     return out
 
-  def _layer_by_layer(self, stack: Stack, x, cond):
+  def _layer_by_layer(self, stack: Stack, parts):
     """What a Stack computes; within its own loop values could not be brought out."""
+    out, around = [], self._stream
+    for i, part in enumerate(parts):
+      self._stream = f"stream {self._names[i]!r}" if len(parts) > 1 else around
+      out.append(self._layers(stack, *part))
+    self._stream = around
+    return out
+
+  def _layers(self, stack: Stack, x, cond):
     params = stack.variables["params"]
     block = Block(*stack.block, parent=None)
     for i in range(stack.depth):

@@ -171,8 +171,8 @@ class AutoEncoder(nn.Module):
     shared = self.condition == "adaln_shared"
     return Condition(self.adaln(cond) if shared else cond, cond)
 
-  def encode(self, images: Float[Array, "b h w c"], cond: Float[Array, "b _"], mask: Mask | None):
-    """(representation [B, D] float32, encoded tokens [B, K, D]); `cond` is the blocks'."""
+  def show(self, images: Float[Array, "b h w c"], mask: Mask | None) -> Float[Array, "b m d"]:
+    """What the encoder reads, [B, M, D]: the class tokens, then the K patches that are kept."""
     patches, pos = patchify(images, self.shape.patch), self.pos_embed[None]
     if mask is not None:
       patches = gather(patches, mask.keep)
@@ -180,7 +180,10 @@ class AutoEncoder(nn.Module):
     x = self.embed(patches)
     x = x + pos.astype(x.dtype)
     cls = jnp.broadcast_to(self.cls.astype(x.dtype), (x.shape[0], *self.cls.shape))
-    x = self.encoder(by_batch(jnp.concatenate([cls, x], axis=1)), cond)
+    return by_batch(jnp.concatenate([cls, x], axis=1))
+
+  def pool(self, x: Float[Array, "b m d"]) -> tuple[Float[Array, "b d"], Float[Array, "b k d"]]:
+    """(representation [B, D] float32, patches [B, K, D]) of encoded tokens."""
     rep = x[:, : self.class_tokens].astype(jnp.float32).mean(axis=1)
     return rep, x[:, self.class_tokens :]
 
@@ -193,7 +196,7 @@ class AutoEncoder(nn.Module):
 
   def decode(self, x: Float[Array, "b m d"], cond: Condition) -> Float[Array, "b n p"]:
     """Patches [B, N, P * P * C of each head], float32, of what `fill` makes."""
-    x = self.decoder(by_batch(x), cond.blocks)
+    (x,) = self.decoder([(by_batch(x), cond.blocks)])
     x = x[:, 1:].astype(jnp.float32)
     if self.condition != "token":
       shift, scale = jnp.split(self.head_adaln(cond.head)[:, None], 2, axis=-1)
@@ -213,11 +216,12 @@ class AutoEncoder(nn.Module):
     """
     counts = [len(part.t) for part in inputs]
     null = lambda part: jnp.full_like(part.t, self.num_classes)
-    shown = [(p.t, null(p) if p.labels is None else p.labels) for p in inputs]
-    cond = self.embed_condition(*join_rows(shown, groups))
+    said = [(p.t, null(p) if p.labels is None else p.labels) for p in inputs]
+    cond = self.embed_condition(*join_rows(said, groups))
     conds = part_rows(cond.blocks, counts, groups)
-    encoded = [self.encode(p.images, c, p.mask) for p, c in zip(inputs, conds, strict=True)]
-    filled = [self.fill(*x, p.mask) for x, p in zip(encoded, inputs, strict=True)]
+    shown = [self.show(part.images, part.mask) for part in inputs]
+    encoded = self.encoder(list(zip(shown, conds, strict=True)))
+    filled = [self.fill(*self.pool(x), p.mask) for x, p in zip(encoded, inputs, strict=True)]
     out = self.decode(join_rows(filled, groups), cond)
     return [self.by_head(part) for part in part_rows(out, counts, groups)]
 
@@ -233,7 +237,8 @@ class AutoEncoder(nn.Module):
     labels: Int[Array, "b"] | None = None,
   ) -> tuple[Float[Array, "b d"], Float[Array, "b n d"]]:
     """What the encoder makes of whole images: (mean of the class tokens, patch tokens)."""
-    return self.encode(images, self.embed_condition(t, labels).blocks, None)
+    (x,) = self.encoder([(self.show(images, None), self.embed_condition(t, labels).blocks)])
+    return self.pool(x)
 
   def __call__(
     self,

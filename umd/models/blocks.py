@@ -1,6 +1,6 @@
 """Transformer blocks with AdaLN or a conditioning token, and stacks of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -152,27 +152,33 @@ class Stack(nn.Module):
     """Attributes of each block."""
     return self.heads, self.condition, self.dtype, self.attention
 
-  def __call__(self, x: Float[Array, "b n d"], cond: Float[Array, "b _"]):
+  def __call__(self, parts: Sequence[tuple[Array, Array]]) -> list[Float[Array, "b n d"]]:
+    """Each part, tokens [B, N, D] and condition [B, _], after all layers.
+
+    Parts may differ in B and N. Layer by layer they go together, so that one gathering of its
+    parameters serves all.
+    """
     if self.is_initializing():
-      return self.norm(self.blocks(x, cond)[0])
-    return self.norm(self.run(self.variables["params"][LAYERS], x, cond))
+      return [self.norm(self.blocks(*part)[0]) for part in parts]
+    return [self.norm(x) for x in self.run(self.variables["params"][LAYERS], parts)]
 
-  def run(self, layers: dict, x: Float[Array, "b n d"], cond: Float[Array, "b _"]):
+  def run(self, layers: dict, parts: Sequence[tuple[Array, Array]]) -> tuple[Array, ...]:
     """The blocks one after the other; layers [depth, ...] are their parameters."""
-    block = Block(*self.block, parent=None)
+    block, (xs, conds) = Block(*self.block, parent=None), zip(*parts, strict=True)
 
-    def layer(x, params):
+    def layer(xs, params):
       params = placement.gathered(params, self.dtype)
-      return placement.by_batch(block.apply({"params": params}, x, cond)[0])
+      one = lambda x, cond: block.apply({"params": params}, x, cond)[0]
+      return placement.by_batch(tuple(map(one, xs, conds)))
 
     if policy := REMAT[self.remat]:
       layer = jax.checkpoint(layer, policy=policy, prevent_cse=not self.scan)
     if self.scan:
-      return jax.lax.scan(lambda x, params: (layer(x, params), None), x, layers)[0]
+      return jax.lax.scan(lambda xs, params: (layer(xs, params), None), xs, layers)[0]
     # Cut all at once: the gradient is put together at once, too, instead of added up.
     cut = lambda leaf: jax.lax.split(leaf, [1] * self.depth)
     apart = [cut(leaf) for leaf in jax.tree.leaves(layers)]
     for i in range(self.depth):
       own = jax.tree.unflatten(jax.tree.structure(layers), [pieces[i][0] for pieces in apart])
-      x = layer(x, own)
-    return x
+      xs = layer(xs, own)
+    return xs
