@@ -14,6 +14,7 @@ from umd.codec import Codec, Pixels, Weights, encode_examples
 from umd.data import Source, eval_batches, load
 from umd.inference import Inference, example_keys
 from umd.objectives import Stream
+from umd.placement import gathered_at_once, on
 from umd.sharding import batch_sharding, local_rows, replicated, run_ahead
 
 
@@ -150,13 +151,14 @@ class Context:
 
     Of the outputs named in `pictures` only the examples `shown` leave the devices; of those named
     in `own` each process gets the rows that its devices computed. Parameters may be split over the
-    devices; `fn` sees them whole.
+    devices; `fn` sees them whole but for those of layers, which gather their own.
     """
     shown, everywhere = np.asarray(shown, np.int32), replicated(self.mesh)
 
     def whole(params, batch, **kwargs):
-      params = jax.lax.with_sharding_constraint(params, everywhere)
-      rows, index, mask = fn(params, batch, **kwargs), batch["index"], batch["_mask"]
+      with on(self.mesh):
+        rows = fn(gathered_at_once(params), batch, **kwargs)
+      index, mask = batch["index"], batch["_mask"]
       hits = (index[:, None] == shown) & (mask[:, None] > 0)
       few = {name: rows.pop(name)[hits.argmax(axis=0)] for name in pictures}
       split = {name: rows.pop(name) for name in own}

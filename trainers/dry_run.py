@@ -128,7 +128,8 @@ def _model(model: AutoEncoder, params: Mapping) -> list[str]:
   s, condition = model.shape, CONDITIONS[model.condition]
   lines = [
     f"{model.variant}: {_by(model.image_size)} in {model.tokens} patches of {s.patch} x {s.patch}; "
-    f"heads {', '.join(model.heads)}; conditioned by {condition}; {model.dtype}",
+    f"heads {', '.join(model.heads)}; conditioned by {condition}; {model.dtype}; "
+    f"layers {'in a loop' if model.scan else 'unrolled'}, remat={model.remat}",
     *_columns(sizes.parts(model, params)),
     f"{sizes.count(params) / 1e6:.2f}M parameters",
   ]
@@ -141,7 +142,7 @@ def _memory(state: TrainState, config: ConfigDict, mesh) -> list[str]:
   on_one, shares = sizes.text(sizes.nbytes_of_device(state, mesh)), mesh.devices.shape[-1]
   lines = [
     f"{sizes.text(sizes.nbytes(state))}: {each}",
-    f"{on_one} of it on each device (a copy for {shares} of {mesh.size}; fsdp={config.fsdp}); "
+    f"{on_one} of it on each device (fsdp={config.fsdp}: {shares} of {mesh.size} share one copy); "
     "gradients and activations come on top",
   ]
   return _section("state", lines)

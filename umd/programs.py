@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from umd.codec import Codec, Weights, encode_examples
 from umd.inference import Inference
 from umd.masking import mask_from_noise
+from umd.placement import on
 from umd.quantize import check, quantize
 from umd.samplers import State
 from umd.sharding import batch_sharding, put_batch, replicated, run_ahead
@@ -124,6 +125,10 @@ class Programs:
     made = self.codec.decode(weights.codec, made)
     return to_levels(jnp.where(rows["mask"][..., None], made, images), how)
 
+  def _on_the_mesh(self, program: Callable, *args, **static):
+    with on(self.mesh):
+      return program(*args, **static)
+
   def _placed(self, tree):
     """Arrays split over the devices, scalars on all: so what comes out fits what goes in."""
     split, whole = batch_sharding(self.mesh), replicated(self.mesh)
@@ -143,7 +148,7 @@ class Programs:
       check(static["how"])
     key = name, *sorted(static.items())
     if key not in self._compiled:
-      program = functools.partial(getattr(self, name), **static)
+      program = functools.partial(self._on_the_mesh, getattr(self, name), **static)
       own = name in ("begin", "advance", "show")  # These say themselves where arrays go.
       given = {} if own else {"out_shardings": batch_sharding(self.mesh)}
       self._compiled[key] = jax.jit(program, **given)
