@@ -128,15 +128,20 @@ def test_a_compiled_loop_of_this_backend_is_read(program):
 
 
 OUT = (
+  "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+  "required for HLO temporaries (54.28G) exceeds available HBM (15.75G). HLO module: jit_step."
+)
+USED = (
   "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
   "Used 49.71G of 15.75G hbm. Exceeded hbm capacity by 33.96G."
 )
 
 
-def test_what_does_not_fit_is_told_in_bytes():
-  found = aot.out_of_memory(OUT)
-  assert found.peak == int(49.71 * GIB) and found.capacity == int(15.75 * GIB)
-  assert aot.out_of_memory(OUT.replace("RESOURCE_EXHAUSTED", "INTERNAL")) is None
+@pytest.mark.parametrize("message, needed, whole", [(OUT, 54.28, False), (USED, 49.71, True)])
+def test_what_does_not_fit_is_told_in_bytes(message, needed, whole):
+  found = aot.out_of_memory(message)
+  assert found == aot.OutOfMemory(int(needed * GIB), int(15.75 * GIB), whole)
+  assert aot.out_of_memory(message.replace("RESOURCE_EXHAUSTED", "INTERNAL")) is None
   assert aot.out_of_memory("RESOURCE_EXHAUSTED: too many open files") is None
 
 

@@ -15,7 +15,7 @@ from trainers import autoencoder, methods, shapes, sizes, stages
 from trainers.step import make_step
 from umd import aot, chips, memory, objectives, paths, sharding
 from umd.models.autoencoder import AutoEncoder
-from umd.state import init_state
+from umd.state import Step, init_state
 
 SMALL = "variant=nano/2,steps=20,batch_size=32"
 NO_DATA = "variant=nano/8,size=64,steps=9,batch_size=32"
@@ -182,6 +182,19 @@ def test_the_devices_here_are_compiled_for(alone, tmp_path, capsys):
   assert 4 * number <= report["collectives"]["all-reduce"][1] <= 4.1 * number  # float32
   assert text.read_text().startswith("HloModule")
   assert "how much there is is not known" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_out_of_memory_is_a_verdict(alone, monkeypatch, capsys, whole):
+  found = aot.OutOfMemory(40 * 2**30, 15 * 2**30, whole)
+  monkeypatch.setattr(aot, "compile_step", lambda lowered: found)
+  monkeypatch.setattr(Step, "lower", lambda *_: None)
+  state = 2**28  # of a state that is made up
+  monkeypatch.setattr(fit, "_parts_of_state", lambda planned: {"parameters": state})
+  config = ["--config", f"configs/quickstart.py:{SMALL}", "--stage", "pretrain"]
+  assert program(*config) == fit.DOES_NOT_FIT
+  told = capsys.readouterr().out
+  assert f"does not fit: needs {'40.00' if whole else '40.25'} of 15.00 GiB" in told
 
 
 @pytest.mark.parametrize(

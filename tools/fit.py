@@ -108,6 +108,7 @@ def _compiled(planned, place: Place, report: dict, hlo_path: str) -> None:
   report["peak"] = found.peak + planned.idle
   if isinstance(found, aot.OutOfMemory):
     report.update(fits=False, capacity=found.capacity)
+    report["peak"] += 0 if found.whole else sum(report["memory"].values())
     return
   report["memory"]["temporaries"] = found.temporaries
   report["fits"] = None if place.capacity is None else report["peak"] <= place.capacity

@@ -122,22 +122,30 @@ class OutOfMemory:
   Attributes:
     peak: what it needs, and
     capacity: what there is.
+    whole: whether the peak includes what the program is given.
   """
 
   peak: int
   capacity: int
+  whole: bool
 
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+_SIZE = r"([\d.]+)([KMGT]?)"
+# Two ways of saying it: of everything, and of temporaries only.
+_USED = re.compile(rf"Used {_SIZE} of {_SIZE} hbm")
+_TEMPORARIES = re.compile(rf"HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)")
 
 
 def out_of_memory(message: str) -> OutOfMemory | None:
   """What a compiler's error says of memory; None if it is about something else."""
-  if "RESOURCE_EXHAUSTED" not in message or not (found := _USED.search(message)):
+  whole = _USED.search(message)
+  found = whole or _TEMPORARIES.search(message)
+  if "RESOURCE_EXHAUSTED" not in message or not found:
     return None
-  used, used_unit, capacity, unit = found.groups()
-  return OutOfMemory(int(float(used) * UNITS[used_unit]), int(float(capacity) * UNITS[unit]))
+  needed, needed_unit, capacity, unit = found.groups()
+  size = lambda number, unit: int(float(number) * UNITS[unit])
+  return OutOfMemory(size(needed, needed_unit), size(capacity, unit), bool(whole))
 
 
 def compile_step(lowered: jax.stages.Lowered) -> Compiled | OutOfMemory:

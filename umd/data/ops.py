@@ -59,7 +59,8 @@ def decode_jpeg_and_inception_crop(
   """Does what decode|inception_crop does, but of a JPEG decodes only what is kept, and coarsely.
 
   The window is decoded 2, 4 or 8 times smaller if it then still has `scaled` times the pixels of
-  `size` on both sides. 0 decodes as decode|inception_crop does.
+  `size` on both sides. 0 decodes as decode|inception_crop does. At 64 px, photographs of 500 x 375
+  differ from that by 1.1 of 255 on average, by .3 with scaled=2, and by 10 without antialiasing.
   """
   size, crop_pixels = _pair("size", size), inception_crop(size, area_min, area_max)
   if not (scaled == 0 or 1 <= scaled < math.inf):
