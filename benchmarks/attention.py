@@ -8,9 +8,6 @@ one's, turn by turn.
 """
 
 import argparse
-import datetime
-import json
-import os
 import statistics
 import sys
 import time
@@ -20,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.records import append
 from tools.command_line import positive, run
 from umd.models.attention import IMPLEMENTATIONS, attend, choose
 from umd.models.attention import plain_attention as textbook
@@ -78,25 +76,12 @@ def measure(shape: tuple[int, ...], dtype: str, repeats: int) -> list[dict]:
 
 
 def benchmark(args: argparse.Namespace) -> None:
-  about = {
-    "benchmark": "attention",
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "device": jax.devices()[0].device_kind,
-    "cores": os.cpu_count(),
-    "jax": jax.__version__,
-    "batch": args.batch,
-    "heads": args.heads,
-    "head_dim": args.head_dim,
-    "dtype": args.dtype,
-  }
   print(("{:>8}{:>16}" + "{:>10}" * 4).format("tokens", "", "ms", "best", "ratio", "differs"))
   for tokens in args.tokens:
     for row in measure((args.batch, tokens, args.heads, args.head_dim), args.dtype, args.repeats):
       cells = "{tokens:8}{implementation:>16}{ms:10.2f}{ms_best:10.2f}{ratio:10.2f}"
       print((cells + "{difference:10.1e}").format(**row), flush=True)
-      if args.out:
-        with open(args.out, "a", encoding="utf-8") as f:
-          f.write(json.dumps({**about, **row}) + "\n")
+      append(args, "attention", row)
 
 
 def main(argv: list[str]) -> None:

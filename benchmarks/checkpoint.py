@@ -14,10 +14,7 @@ What was just written is read from memory where the system keeps it there, not f
 """
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -26,6 +23,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from benchmarks.records import append
 from configs import ae_i1k
 from tools.command_line import positive, run
 from trainers import autoencoder
@@ -105,20 +103,6 @@ def folder_bytes(path: str) -> int:
   )
 
 
-def machine(args: argparse.Namespace) -> dict:
-  """When, where and on what this ran."""
-  return {
-    "benchmark": "checkpoint",
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "machine": platform.platform(),
-    "cores": os.cpu_count(),
-    "device": jax.devices()[0].device_kind,
-    "devices": jax.device_count(),
-    "jax": jax.__version__,
-    **{k: v for k, v in vars(args).items() if k != "out"},
-  }
-
-
 def work(args: argparse.Namespace) -> None:
   if args.folder:
     os.makedirs(args.folder, exist_ok=True)
@@ -133,10 +117,8 @@ def work(args: argparse.Namespace) -> None:
     numbers = [line[k] for k in ("seconds", "seconds_min", "seconds_max", "first")]
     cells = "".join(f"{value:>10.3f}" for value in numbers)
     print(f"{line['kind']:<12}{cells}{line['mb_per_second']:>10.0f}")
-    if args.out:
-      sizes = {"state_mb": nbytes / 1e6, "disk_mb": written / 1e6}
-      with open(args.out, "a", encoding="utf-8") as f:
-        f.write(json.dumps({**machine(args), **sizes, **line}) + "\n")
+    sizes = {"state_mb": nbytes / 1e6, "disk_mb": written / 1e6}
+    append(args, "checkpoint", {**sizes, **line})
 
 
 def main(argv: list[str] | None = None) -> None:

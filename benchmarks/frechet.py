@@ -9,10 +9,6 @@ values of the samples themselves, of which no root is taken.
 """
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import statistics
 import time
 import warnings
@@ -20,6 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from benchmarks.records import append
 from umd.fid import Moments, frechet_distance
 
 
@@ -91,21 +88,6 @@ def measure(samples: int, dim: int, repeats: int) -> dict:
   }
 
 
-def machine() -> dict:
-  """When and where this ran, with the versions that matter."""
-  import scipy
-
-  return {
-    "benchmark": "frechet",
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "machine": platform.platform(),
-    "cores": os.cpu_count(),
-    "python": platform.python_version(),
-    "numpy": np.__version__,
-    "scipy": scipy.__version__,
-  }
-
-
 def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     prog="benchmarks.frechet", description=__doc__.split("\n", maxsplit=1)[0]
@@ -126,9 +108,7 @@ def main(argv: list[str] | None = None) -> None:
       known = "-" if known is None else f"{known:.7f}"
       cells = "".join(f"{value:8.2f}" for value in times)
       print(f"{samples:8}{dim:8}{cells}{one:14.7f}{other:14.7f}{known:>14}", flush=True)
-      if args.out:
-        with open(args.out, "a", encoding="utf-8") as f:
-          f.write(json.dumps({**machine(), **row}) + "\n")
+      append(args, "frechet", row)
 
 
 if __name__ == "__main__":

@@ -14,16 +14,13 @@ seconds of CPU time of the whole process, and `images/s` those of the clock.
 """
 
 import argparse
-import datetime
 import gc
-import json
-import os
-import platform
 import statistics
 import time
 
 import numpy as np
 
+from benchmarks.records import append
 from tools.command_line import positive, run
 from umd import data
 from umd.data import ops
@@ -195,18 +192,6 @@ def measure(records: Records, size: int, args: argparse.Namespace) -> list[dict]
   return rows
 
 
-def machine(args: argparse.Namespace) -> dict:
-  """When and where this ran."""
-  return {
-    "benchmark": "input",
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "machine": platform.platform(),
-    "cores": os.cpu_count(),
-    "tensorflow": tensorflow().__version__,
-    **{k: v for k, v in vars(args).items() if k not in ("out", "size")},
-  }
-
-
 def show(line: dict) -> str:
   """A row of the table."""
   spread = lambda name, form: (
@@ -229,9 +214,7 @@ def work(args: argparse.Namespace) -> None:
   for size in args.size:
     for line in measure(records, size, args):
       print(show(line), flush=True)
-      if args.out:
-        with open(args.out, "a", encoding="utf-8") as f:
-          f.write(json.dumps({**machine(args), **line}) + "\n")
+      append(args, "input", line)
 
 
 def main(argv: list[str] | None = None) -> None:

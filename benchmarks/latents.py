@@ -9,11 +9,7 @@ temporaries. `disk` is what `tools.encode_latents` would write, per million imag
 """
 
 import argparse
-import datetime
 import functools
-import json
-import os
-import platform
 import statistics
 import time
 
@@ -22,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks.records import append
 from configs import ae_i1k
 from trainers import methods, runs
 from umd.codec import Latents, encode_batch
@@ -111,20 +108,6 @@ def measure(args: argparse.Namespace) -> list[dict]:
   return list(rows.values())
 
 
-def machine(args: argparse.Namespace) -> dict:
-  """When, where and on what this ran."""
-  return {
-    "benchmark": "latents",
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "machine": platform.platform(),
-    "cores": os.cpu_count(),
-    "device": jax.devices()[0].device_kind,
-    "devices": jax.device_count(),
-    "jax": jax.__version__,
-    **{k: v for k, v in vars(args).items() if k != "out"},
-  }
-
-
 def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     prog="benchmarks.latents", description=__doc__.split("\n", maxsplit=1)[0]
@@ -145,9 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     numbers = (row["images_per_second"], times, row["arguments_mib"], row["temporaries_mib"], disk)
     cells = "".join(f"{'-':>12}" if value is None else f"{value:12.2f}" for value in numbers)
     print(f"{row['kind']:>12}{cells}", flush=True)
-    if args.out:
-      with open(args.out, "a", encoding="utf-8") as f:
-        f.write(json.dumps({**machine(args), **row}) + "\n")
+    append(args, "latents", row)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,7 @@ Python loop over a compiled step. Quality is in `benchmarks.sampler_quality`.
 """
 
 import argparse
-import datetime
 import itertools
-import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -22,6 +18,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from benchmarks.records import append
 from tools.command_line import positive, run
 from umd import samplers
 from umd.inference import Inference, example_keys
@@ -112,20 +109,6 @@ def print_speed(rows: list[dict]) -> None:
     print(f"{row['way']:>8}{row['cfg_scale']:8.2f}{row['evaluations']:13}{shown}")
 
 
-def machine(args: argparse.Namespace) -> dict:
-  """When, where and on what this ran."""
-  return {
-    "benchmark": "sampler",
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "machine": platform.platform(),
-    "cores": os.cpu_count(),
-    "device": jax.devices()[0].device_kind,
-    "devices": jax.device_count(),
-    "jax": jax.__version__,
-    **{k: v for k, v in vars(args).items() if k != "out"},
-  }
-
-
 def work(args: argparse.Namespace) -> None:
   """Measures what was asked for."""
   if args.workdir:
@@ -134,9 +117,8 @@ def work(args: argparse.Namespace) -> None:
     rows = sampler_quality.measure(args)
   else:
     print_speed(rows := speed(args))
-  if args.out:
-    with open(args.out, "a", encoding="utf-8") as f:
-      f.writelines(json.dumps({**machine(args), **row}) + "\n" for row in rows)
+  for row in rows:
+    append(args, "sampler", row)
 
 
 def main(argv: list[str]) -> None:

@@ -12,10 +12,6 @@ Memory is the compiler's account of one device: arguments (state and batch) and 
 """
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Iterator
@@ -26,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.plain import Plain
+from benchmarks.records import append
 from configs import common
 from tools.command_line import positive, run
 from trainers import methods
@@ -185,22 +182,6 @@ def summarise(candidates: list[Candidate], times: list[Times]) -> Iterator[dict]
     yield {**row, **more, "seconds": own.wall}
 
 
-def machine(args: argparse.Namespace) -> dict:
-  """When, where and on what this ran."""
-  return {
-    "benchmark": "train_step",
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "machine": platform.platform(),
-    "cores": os.cpu_count(),
-    "load": os.getloadavg()[0],
-    "device": jax.devices()[0].device_kind,
-    "devices": jax.device_count(),
-    "jax": jax.__version__,
-    "repeats": args.repeats,
-    "inner": args.inner,
-  }
-
-
 # Heading: key of a row, format of the cell.
 COLUMNS = {
   "case": ("case", "{}"),
@@ -263,9 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     print(" ".join(heading.rjust(max(10, len(heading))) for heading in COLUMNS))
     for row in measure(args):
       print(cells(row), flush=True)
-      if args.out:
-        with open(args.out, "a", encoding="utf-8") as f:
-          f.write(json.dumps({**machine(args), **row}) + "\n")
+      append(args, "train_step", row)
 
   run(work)
 
