@@ -163,10 +163,15 @@ def test_a_window_that_is_decoded_smaller_is_the_same_window(window, ratio):
   assert np.abs((found - expected)[1:-1, 1:-1].mean((0, 1))).max() < 0.25
 
 
-def ratio_used(monkeypatch, window, size, scaled):
+def decoded_by(monkeypatch, window, size, scaled):
+  """[(ratio, window in the smaller image) of all calls of the decoder]."""
   tf, used = tensorflow(), []
   decode = tf.io.decode_and_crop_jpeg
-  spy = lambda *args, ratio, **kwargs: used.append(ratio) or decode(*args, ratio=ratio, **kwargs)
+
+  def spy(data, cut, *, ratio, **settings):
+    used.append((ratio, np.asarray(cut)))
+    return decode(data, cut, ratio=ratio, **settings)
+
   with monkeypatch.context() as patch:
     patch.setattr(tf.io, "decode_and_crop_jpeg", spy)
     data = encoded(smooth(200, 260), "JPEG")
@@ -190,7 +195,13 @@ def ratio_used(monkeypatch, window, size, scaled):
   ],
 )
 def test_a_window_is_decoded_as_small_as_scaled_allows(sides, size, scaled, ratio, monkeypatch):
-  assert ratio_used(monkeypatch, (7, 9, *sides), size, scaled) == [ratio]
+  corner = np.array([7, 9])
+  ((used, cut),) = decoded_by(monkeypatch, (*corner, *sides), size, scaled)
+  assert used == ratio
+  # All pixels that have a share in the window, and no others.
+  before, after = corner - cut[:2] * ratio, (cut[:2] + cut[2:]) * ratio - corner - sides
+  assert (before >= 0).all() and (before < ratio).all()
+  assert (after >= 0).all() and (after < ratio).all()
 
 
 def test_where_nothing_can_be_dropped_it_is_the_full_decode():

@@ -177,6 +177,8 @@ def _example_batches(source, elements, seed, local, guard):
   batches = elements.map(in_graph(example), **autotune).batch(local, **autotune)
   options = tf.data.Options()
   options.experimental_warm_start = True  # Reads while the model is compiled.
+  # Many images are worked on at a time: to split the resizing of one takes 12 % more CPU time.
+  options.threading.max_intra_op_parallelism = 1
   return batches.prefetch(2).with_options(options).as_numpy_iterator()
 
 
