@@ -162,7 +162,7 @@ def examine(config: ConfigDict, place: Place, args: argparse.Namespace, hlo_path
     device_kind=place.kind,
     devices=len(place.devices),
     mesh=dict(planned.parts.mesh.shape),
-    variant=model.variant,
+    **{name: getattr(model, name) for name in ("variant", "scan", "remat")},
     image_size=model.image_size,
     batch_size=config.batch_size,
     flops=flops.train_step(model, planned.parts.streams, config.batch_size),
@@ -217,9 +217,8 @@ def _speed_lines(report: dict) -> list[str]:
     lines.append(f"  {report['cycles']:,} cycles, as the compiler estimates")
     lines.append(f"  {1e3 * fast:,.0f} to {1e3 * slow:,.0f} ms a step, if it is right")
     rate = lambda seconds: f"{report['batch_size'] / seconds:,.0f}"
-    lines.append(
-      f"  {rate(slow)} to {rate(fast)} images/s, MFU {100 * low:.0f} to {100 * high:.0f} %"
-    )
+    shares = f"MFU {100 * low:.0f} to {100 * high:.0f} %"
+    lines.append(f"  {rate(slow)} to {rate(fast)} images/s, {shares}")
   elif "seconds_at_peak" in report:
     lines.append(f"  at least {1e3 * report['seconds_at_peak']:,.0f} ms a step, at the chips' peak")
   else:
@@ -238,7 +237,8 @@ def table(name: str, report: dict) -> str:
     f"[{name}] {report['variant']} on {height} x {width} x {channels}, batch "
     f"{report['batch_size']}; {report['devices']} x {report['device_kind']}, mesh {report['mesh']}"
   )
-  lines = [head, *_memory_lines(report)]
+  layers = f"layers {'in a loop' if report['scan'] else 'unrolled'}, remat={report['remat']}"
+  lines = [head, layers, *_memory_lines(report)]
   if "collectives" in report:
     found = report["collectives"].items()
     rows = [f"  {kind:20}{n:>8,} {size / 1e6:>12,.1f} MB" for kind, (n, size) in sorted(found)]
