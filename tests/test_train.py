@@ -206,8 +206,8 @@ def test_flow_matching_is_a_config(tmp_path):
 @pytest.mark.parametrize(
   ("sampling", "message"),
   [
-    ({"eta": 0.5, "sampler": "heun"}, r"\['eta'\]: sampler='heun' takes \[\]"),
-    ({"stepz": 3}, r"\['stepz'\]: sampler='ddim' takes \['eta'\]"),
+    ({"eta": 0.5, "sampler": "heun"}, r"\['eta'\]: sampler='heun' takes \['spacing'\]"),
+    ({"stepz": 3}, r"\['stepz'\]: sampler='ddim' takes \['eta', 'spacing'\]"),
     ({"steps": 1001}, r"steps=1001 must be in \[1, timesteps=1000\]"),
     ({"head": "v"}, "head='v' is not among"),
   ],

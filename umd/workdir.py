@@ -278,7 +278,7 @@ def start(workdir: str, config: dict) -> None:
       continue
   environment = {
     "command": [sys.executable, *_without_key(sys.argv)],
-    "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
     "python": platform.python_version(),
     "platform": platform.platform(),
     "versions": versions,
