@@ -36,7 +36,7 @@ def losses(method, **settings):
   return made, random_params(models[0]), batch
 
 
-@pytest.mark.parametrize("method", ["umd", "mae"])
+@pytest.mark.parametrize("method", [pytest.param("umd", marks=pytest.mark.slow), "mae"])
 def test_the_plain_variant_has_our_losses_and_gradients(method):
   made, params, batch = losses(method)
   key = jax.random.key(1)
@@ -53,7 +53,7 @@ def test_the_plain_variant_has_our_losses_and_gradients(method):
     np.testing.assert_allclose(other, leaf, rtol=1e-3, atol=1e-5 * norm, err_msg=str(path))
 
 
-@pytest.mark.parametrize("method", ["dit", "maskdit"])
+@pytest.mark.parametrize("method", ["umd", "dit", "maskdit"])
 def test_so_it_has_of_the_other_methods(method):
   made, params, batch = losses(method, num_classes=3)
   ours, plain = (jax.jit(loss)(params, batch, jax.random.key(2)) for loss in made)
