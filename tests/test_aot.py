@@ -273,8 +273,8 @@ def test_chips_exchange_gradients_and_scalars_only(tpu_step):
   assert set(report["collectives"]) == {"all-reduce"}
   number = report["memory"]["parameters"] / 4
   size = report["collectives"]["all-reduce"][1]
-  # Those of matrices in bfloat16, of vectors in float32; of each of the two streams at most once.
-  assert 2 * number <= size <= 2 * 2.25 * number
+  # Both streams' summed first; in bfloat16, those of norms and outside of layers in float32.
+  assert 2 * number <= size <= 2.75 * number
 
 
 @needs_libtpu

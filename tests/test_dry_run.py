@@ -15,7 +15,7 @@ from conftest import random_params
 from configs import ae_i1k_lp, common, eval_ae_i1k, quickstart
 from evaluators import Scheduled
 from trainers import autoencoder, dry_run, methods, runs, sizes, stages
-from umd import flops, masking, metrics, sharding
+from umd import flops, masking, memory, metrics, sharding
 from umd import workdir as folder
 from umd.checkpoint import Checkpoints
 from umd.codec import Latents, Pixels
@@ -90,7 +90,7 @@ def test_the_bytes_are_those_that_the_state_takes(tmp_path):
   shapes = sizes.state(parts)
   whole = sum(x.nbytes for x in jax.tree.leaves(state))
   on_one = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
-  assert sizes.nbytes(shapes) == sizes.nbytes_of_device(shapes, make_mesh()) == whole
+  assert memory.nbytes(shapes) == sizes.nbytes_of_device(shapes, make_mesh()) == whole
   assert sizes.nbytes_of_device(shapes, parts.mesh) == on_one < 0.7 * whole
 
 

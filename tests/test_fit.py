@@ -108,7 +108,7 @@ def test_the_state_is_counted_as_it_is_placed():
     whole = sum(kept.values())
     assert whole + 24 == sizes.nbytes_of_device(state, planned.parts.mesh)  # step and guard
     told = memory.estimate(planned.state.params, memory.Residuals(0, 80, 16), 800, 8)
-    assert told.gradients == sizes.nbytes(state.params) and told.batch == 100
+    assert told.gradients == memory.nbytes(state.params) and told.batch == 100
     assert told.gathered == (told.gradients if split else 0) and told.activations == 12
   assert on_one[1] < 0.5 * on_one[0]
 

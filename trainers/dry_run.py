@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from trainers import evaluate, kl_autoencoder, linear_probe, logs, runs, sizes, stages, validate
 from umd import checkpoint, data, recovery
 from umd import workdir as folder
+from umd.memory import nbytes
 from umd.models.autoencoder import AutoEncoder
 from umd.models.blocks import CONDITIONS
 from umd.sharding import make_mesh
@@ -138,10 +139,10 @@ def _model(model: AutoEncoder, params: Mapping) -> list[str]:
 
 def _memory(state: TrainState, config: ConfigDict, mesh) -> list[str]:
   parts = dict(parameters=state.params, average=state.ema_params, optimiser=state.opt_state)
-  each = ", ".join(f"{name} {sizes.text(sizes.nbytes(tree))}" for name, tree in parts.items())
+  each = ", ".join(f"{name} {sizes.text(nbytes(tree))}" for name, tree in parts.items())
   on_one, shares = sizes.text(sizes.nbytes_of_device(state, mesh)), mesh.devices.shape[-1]
   lines = [
-    f"{sizes.text(sizes.nbytes(state))}: {each}",
+    f"{sizes.text(nbytes(state))}: {each}",
     f"{on_one} of it on each device (fsdp={config.fsdp}: {shares} of {mesh.size} share one copy); "
     "gradients and activations come on top",
   ]
@@ -218,7 +219,7 @@ def _latents(settings: Mapping, parts) -> str:
   seen, weights = parts.model.image_size, parts.codec.params
   return (
     f"{_by(seen)} of images of {_by(parts.codec.pixel_size(seen))}; VAE {settings['vae']}, SHA-256 "
-    f"{parts.codec.sha256[:12]}, {sizes.text(sizes.nbytes(weights))} on each device, frozen"
+    f"{parts.codec.sha256[:12]}, {sizes.text(nbytes(weights))} on each device, frozen"
   )
 
 
@@ -237,7 +238,7 @@ def _autoencoder(stage: stages.Built, plan) -> Iterator[list[str]]:
   yield _length(config, parts.steps, len(parts.source))
   yield _optimiser(config, parts.steps)
   yield _evaluations(config.evals.to_dict(), parts.steps)
-  yield _checkpoints(config, parts.steps, sizes.nbytes(state))
+  yield _checkpoints(config, parts.steps, nbytes(state))
 
 
 def _evaluate(stage: stages.Built, plan) -> Iterator[list[str]]:
@@ -266,7 +267,7 @@ def _linear_probe(stage: stages.Built, plan) -> Iterator[list[str]]:
   yield _data("data", parts.train)
   for name, source in parts.held_out.items():
     yield _data(name, source)
-  yield _section("heads", [f"{heads}: {width} x {classes}; {sizes.text(sizes.nbytes(states))}"])
+  yield _section("heads", [f"{heads}: {width} x {classes}; {sizes.text(nbytes(states))}"])
   yield _length(config, parts.steps, len(parts.train))
   rates = ", ".join(f"{lr:g}" for lr in config.lrs)
   warmup = int(config.warmup * parts.steps)
@@ -275,7 +276,7 @@ def _linear_probe(stage: stages.Built, plan) -> Iterator[list[str]]:
     [f"LARS, learning rates 0 to {rates} in {warmup:,} steps, then cosine to 0; wd={config.wd:g}"],
   )
   yield _section("evaluation", [f"on select and test, {_often(config.eval_every, parts.steps)}"])
-  yield _checkpoints(config, parts.steps, sizes.nbytes(states))
+  yield _checkpoints(config, parts.steps, nbytes(states))
 
 
 def _kl_autoencoder(stage: stages.Built, plan) -> Iterator[list[str]]:

@@ -11,10 +11,11 @@ from umd.models.autoencoder import AutoEncoder
 from umd.models.blocks import REMAT
 from umd.objectives import Objective
 from umd.placement import on
-from umd.sharding import state_shardings
+from umd.sharding import placed, state_shardings
 
 AUTO = "auto"
-USED = 0.8  # Share of a device's memory up to which an estimate is trusted to fit.
+# Share of a device's memory that an estimate may fill: JAX takes three quarters of a GPU's.
+USED = 0.7
 UNROLLED = 12  # Layers of a stack that are not too long to compile one by one.
 
 
@@ -28,8 +29,7 @@ def shapes_of(model: AutoEncoder):
 def needed(objective: Objective, mesh: Mesh, accumulate: int = 1) -> int:
   """Bytes that a step of training takes on a device, by `umd.memory`; AdamW's state is counted."""
   shapes = shapes_of(objective.model)
-  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-  params = jax.tree.map(place, shapes, state_shardings(shapes, mesh))
+  params = placed(shapes, state_shardings(shapes, mesh))
   rows = objective.batch_size // accumulate
   batch = {
     "image": jax.ShapeDtypeStruct((rows, *objective.model.image_size), "float32"),

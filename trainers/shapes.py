@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from trainers import autoencoder, kl_autoencoder, sizes
 from trainers.step import make_step
-from umd import data, sharding, vae_weights
+from umd import data, memory, sharding, vae_weights
 from umd.codec import Codec, Latents, Pixels
 from umd.data.preprocess import Preprocess
 from umd.models.vae import Architecture, KLAutoEncoder
@@ -104,16 +104,8 @@ def _codec(config: ConfigDict, mesh: Mesh) -> Codec:
   codec = Latents(vae_weights.Weights(name, architecture, {}, ""), mesh, **settings)
   network = KLAutoEncoder(architecture, settings["dtype"])
   params = jax.eval_shape(kl_autoencoder.init_params(network), jax.random.key(0))
-  codec.params = _placed(params, sharding.replicated(mesh))
+  codec.params = sharding.placed(params, sharding.replicated(mesh))
   return codec
-
-
-def _placed(tree, placed):
-  """Shapes with a sharding: one for all leaves, or a tree of them."""
-  give = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-  if isinstance(placed, jax.sharding.Sharding):
-    return jax.tree.map(lambda x: give(x, placed), tree)
-  return jax.tree.map(give, tree, placed)
 
 
 def plan(config: ConfigDict, devices, side: int = 0, num_classes: int = 0) -> Planned:
@@ -137,14 +129,14 @@ def plan(config: ConfigDict, devices, side: int = 0, num_classes: int = 0) -> Pl
   idle = 0
   if config.data.name.startswith(STORED):  # A batch holds moments of what the model sees.
     source = dataclasses.replace(source, image_size=(*seen[:2], 2 * seen[2]))
-    idle = sizes.nbytes(codec.params)
+    idle = memory.nbytes(codec.params)
   parts = autoencoder.assemble(config, mesh, source, codec, seen)
   shapes = sizes.state(parts)
-  state = _placed(shapes, sharding.state_shardings(shapes, mesh))
+  state = sharding.placed(shapes, sharding.state_shardings(shapes, mesh))
   rows = config.batch_size
   batch = {
     "image": jax.ShapeDtypeStruct((rows, *source.image_size), jnp.float32),
     "label": jax.ShapeDtypeStruct((rows,), jnp.int32),
   }
-  batch = _placed(batch, sharding.batch_sharding(mesh))
+  batch = sharding.placed(batch, sharding.batch_sharding(mesh))
   return Planned(parts, state, batch, make_step(config, parts, state), idle)

@@ -4,44 +4,28 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 
 from trainers.autoencoder import Parts, init_params
 from trainers.keys import PARTS
 from umd import flops
 from umd.codec import Latents, stored
-from umd.guard import init_guard
+from umd.memory import on_device
 from umd.models.autoencoder import AutoEncoder
 from umd.objectives import Stream, period, stream_rows
-from umd.sharding import state_shardings
-from umd.state import TrainState
+from umd.sharding import placed, state_shardings
+from umd.state import TrainState, state_shapes
 
 Rows = list[Sequence[str]]  # Of a table, headings first.
 
 
 def state(parts: Parts) -> TrainState:
   """Shapes and types of all that is trained and saved."""
-
-  def make(key):
-    params = init_params(parts.model)(key)
-    return TrainState(jnp.int32(0), params, params, parts.tx.init(params), init_guard())
-
-  return jax.eval_shape(make, jax.random.key(0))
-
-
-def nbytes(tree) -> int:
-  """Bytes of the arrays that a tree of shapes stands for."""
-  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+  return state_shapes(init_params(parts.model), parts.tx)
 
 
 def nbytes_of_device(tree, mesh) -> int:
-  """Bytes of them that one device keeps."""
-  placed = jax.tree.leaves(state_shardings(tree, mesh))
-  shapes = [
-    jax.ShapeDtypeStruct(sharding.shard_shape(x.shape), x.dtype)
-    for x, sharding in zip(jax.tree.leaves(tree), placed, strict=True)
-  ]
-  return nbytes(shapes)
+  """Bytes of the arrays that a tree of shapes stands for which one device of the mesh keeps."""
+  return on_device(placed(tree, state_shardings(tree, mesh)))
 
 
 def text(number: float) -> str:

@@ -60,21 +60,13 @@ def by_batch(tree):
   return jax.tree.map(place, tree)
 
 
-def gathered(params, dtype=None):
-  """Whole parameters; the gradient goes back in the parts in which they are kept.
-
-  Args:
-    params: a tree of parameters, or of one layer's.
-    dtype: that the layer computes in: parts of that type are sent, which is as exact.
-  """
-  shares = _shares()
+def gathered(params):
+  """Whole parameters; the gradient goes back in the parts in which they are kept."""
+  shares = max(_shares(), 1)
 
   def whole(x):
-    spec = split(x.shape, max(shares, 1))
-    if spec == WHOLE:
-      return x
-    kind = dtype if dtype is not None else x.dtype
-    return _gather(x.astype(kind), spec)
+    spec = split(x.shape, shares)
+    return x if spec == WHOLE else _gather(x, spec)
 
   return jax.tree.map(whole, params)
 

@@ -58,6 +58,14 @@ def state_shardings(shapes, mesh: Mesh):
   return jax.tree.map(lambda leaf: NamedSharding(mesh, split(leaf.shape, shares)), shapes)
 
 
+def placed(shapes, shardings):
+  """A tree of shapes with their places: a sharding for all leaves, or a tree of them."""
+  if isinstance(shardings, jax.sharding.Sharding):
+    shardings = jax.tree.map(lambda _: shardings, shapes)
+  place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+  return jax.tree.map(place, shapes, shardings)
+
+
 def check_divides(key: str, batch_size: int, mesh: Mesh) -> None:
   """Raises ValueError unless a batch can be dealt out evenly to all devices."""
   if batch_size < 1 or batch_size % mesh.size:

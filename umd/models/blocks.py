@@ -117,6 +117,19 @@ class Block(nn.Module):
     return x, None
 
 
+def _in_dtype(params: dict, dtype: jnp.dtype) -> dict:
+  """A block's parameters in the type that it computes in, but for its norms'.
+
+  Once for all parts that go through it: their gradients are then summed before devices exchange
+  them, and parameters that are kept in parts are sent in that type.
+  """
+  cast = lambda x: x.astype(dtype)
+  return {
+    name: leaves if name.startswith("norm") else jax.tree.map(cast, leaves)
+    for name, leaves in params.items()
+  }
+
+
 class Stack(nn.Module):
   """`depth` blocks and a final LayerNorm.
 
@@ -167,7 +180,7 @@ class Stack(nn.Module):
     block, (xs, conds) = Block(*self.block, parent=None), zip(*parts, strict=True)
 
     def layer(xs, params):
-      params = placement.gathered(params, self.dtype)
+      params = placement.gathered(_in_dtype(params, self.dtype))
       one = lambda x, cond: block.apply({"params": params}, x, cond)[0]
       return placement.by_batch(tuple(map(one, xs, conds)))
 
