@@ -33,7 +33,6 @@ CLASSES, TIMESTEPS = 1000, 1000
 def plain(inference: Inference, settings: dict) -> Callable:
   """`sample(params, keys, labels)` the plain way, and nothing compiled but a step."""
   model, path = inference.model, inference.path
-  model = model.clone(scan=True)  # What the loop is compared with.
   make, scale = SAMPLERS[settings["sampler"]], settings["cfg_scale"]
 
   def predict(params, x, t, labels):
@@ -65,7 +64,8 @@ def plain(inference: Inference, settings: dict) -> Callable:
 def speed(args: argparse.Namespace) -> list[dict]:
   """A row for each way of sampling and each guidance."""
   size = (args.size, args.size, 3)
-  inference = Inference(AutoEncoder(args.variant, size, CLASSES), make_path("cosine", TIMESTEPS))
+  model = AutoEncoder(args.variant, size, CLASSES, scan=True)
+  inference = Inference(model, make_path("cosine", TIMESTEPS))
   blank = jnp.zeros((1, *size)), jnp.zeros(1, jnp.int32)
   params = jax.jit(lambda key: inference.model.init(key, *blank)["params"])(jax.random.key(0))
   given = params, example_keys(0, jnp.arange(args.batch_size)), jnp.arange(args.batch_size)

@@ -4,8 +4,8 @@ python -m benchmarks.train_step --cases ti4_32 s4_64 --methods umd mae dit maskd
 
 Every variant is the trainer's step (loss, gradient, clipping, AdamW, average, guard) with the same
 weights, batch and random numbers, on synthetic images; they run in turns in one process, so that
-what else the machine does slows all of them. `ours` is the model as it is by default, `plain` what
-`benchmarks/plain.py` says, others are ours with the options that their names say. GFLOP/s are of
+what else the machine does slows all of them. `ours` runs as the trainer decides for this device,
+`plain` as `benchmarks/plain.py` says, others with the options that their names say. GFLOP/s are of
 the model's own matrix products (`umd.flops`): work done again to save memory does not count.
 `x plain` compares images/s, `by cores` the seconds of all cores, which other work hardly changes.
 Memory is the compiler's account of one device: arguments (state and batch) and temporaries.
@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from benchmarks.plain import Plain
 from benchmarks.records import append
 from configs import common
 from tools.command_line import positive, run
-from trainers import methods
+from trainers import layout, methods
 from umd import chips, flops, optim
 from umd.guard import init_guard
 from umd.models.autoencoder import AutoEncoder
@@ -37,19 +38,22 @@ from umd.state import Step, TrainState, make_train_step
 # name: variant, side of the images in pixels, batch.
 CASES = {
   "nano_16": ("nano/4", 16, 8),  # for tests
+  "micro2_8": ("micro/2", 8, 128),
   "ti4_32": ("Ti/4", 32, 64),
   "s4_64": ("S/4", 64, 16),
   "b4_64": ("B/4", 64, 256),
 }
 METHODS = ("umd", "mae", "dit", "maskdit")
-# name: class of the model, and options of it that are not the defaults.
+# name: class of the model, and options of a config's model that are not the defaults.
 VARIANTS = {
   "ours": (AutoEncoder, {}),
   "plain": (Plain, {}),
-  "scan": (AutoEncoder, dict(scan=True)),
-  "dots": (AutoEncoder, dict(remat="dots")),
-  "remat": (AutoEncoder, dict(remat="full")),
-  "scan_remat": (AutoEncoder, dict(scan=True, remat="full")),
+  "unrolled": (AutoEncoder, dict(scan="false", remat="none")),
+  "unrolled_dots": (AutoEncoder, dict(scan="false", remat="dots")),
+  "unrolled_full": (AutoEncoder, dict(scan="false", remat="full")),
+  "scan": (AutoEncoder, dict(scan="true", remat="none")),
+  "scan_dots": (AutoEncoder, dict(scan="true", remat="dots")),
+  "scan_full": (AutoEncoder, dict(scan="true", remat="full")),
   "shared": (AutoEncoder, dict(condition="adaln_shared")),
 }
 STEPS = 1000  # of the learning rate's schedule
@@ -93,18 +97,23 @@ def parts(case: str, method: str, dtype: str, variant: str) -> tuple[Step, Train
   kind, options = VARIANTS[variant]
   size = (side, side, 3)
   options = {"condition": "token" if method == "mae" else "adaln", **options}
-  model = kind(size_name, size, dtype=dtype, **options)
+  left = {key: options.pop(key) for key in ("scan", "remat") if key in options}
   streams = methods.make_streams(common.streams(**common.METHODS[method]))
   mesh, path = make_mesh(), make_path("cosine", 1000)
+
+  def build(how: dict) -> Objective:
+    model = kind(size_name, size, dtype=dtype, **options, **how)
+    return Objective(model, path, streams, batch_size)
+
+  objective = layout.settle(ConfigDict(dict(model=left, accumulate=1)), build, mesh)
   settings = common.optim(common.scaled(1.5e-4, batch_size), 0.05, 0.95)
   schedule = optim.make_schedule(settings.pop("lr"), STEPS, settings.pop("warmup"))
   tx = optim.make_optimizer(schedule, **settings)
-  state = replicate(random_state(model, tx), mesh)
-  objective = Objective(model, path, streams, batch_size)
+  state = replicate(random_state(objective.model, tx), mesh)
   step = make_train_step(objective, tx, schedule, ema_decay=0.9999, seed=0, state=state)
   images = np.random.default_rng(0).uniform(-1, 1, (batch_size, *size)).astype(np.float32)
   batch = put_batch({"image": images, "label": np.zeros(batch_size, np.int32)}, mesh)
-  return step, state, batch, flops.train_step(model, streams, batch_size)
+  return step, state, batch, flops.train_step(objective.model, streams, batch_size)
 
 
 def compile_step(case: str, method: str, dtype: str, variant: str) -> Candidate:

@@ -26,7 +26,7 @@ ARGUMENTS = dict(
   path="cosine",  # from image to noise: cosine, linear or flow
   timesteps=1000,  # T of the path; t = 0 is clean, t = T is noise
   dtype="bfloat16",  # of the computation: bfloat16 or float32
-  scan="auto",  # loop over layers, compiles faster, runs slower: true, false or auto
+  scan="auto",  # loop over layers, compiles faster: true, false or auto
   remat="auto",  # what is computed again to save memory: none, dots, full or auto
   attention="auto",  # xla, cudnn (GPU), pallas (TPU), or auto: by platform and shape
   fsdp=1,  # devices that share one copy of parameters, average and optimiser; 0: all

@@ -44,9 +44,13 @@ def needed(objective: Objective, mesh: Mesh, accumulate: int = 1) -> int:
 def settle(config: ConfigDict, build: Callable[[dict], Objective], mesh: Mesh) -> Objective:
   """The objective with what the config's model leaves to "auto" decided.
 
-  Of what to keep for the backward pass the most that fits the device's memory, by estimate; where
-  its memory is not known (a CPU), everything. Layers are unrolled unless they are many and all is
-  computed again: only then a loop takes no more memory, and it compiles much faster.
+  Of what to keep for the backward pass the most that fits the device's memory, by estimate. Layers
+  are unrolled unless they are many and all is computed again: only then a loop takes no more time
+  and memory, and it compiles much faster.
+
+  Where the memory is not known (a CPU), a loop that keeps products: it is as fast as unrolled
+  layers that keep everything, in half the memory and half the time to compile
+  (`benchmarks.train_step`). A loop that keeps everything is slower than either.
 
   Args:
     config: of the stage.
@@ -56,12 +60,11 @@ def settle(config: ConfigDict, build: Callable[[dict], Objective], mesh: Mesh) -
   settings = {"scan": AUTO, "remat": AUTO, **config.model}
   scan, remat = settings["scan"], settings["remat"]
   capacity = chips.memory(mesh.devices.flat[0].device_kind)
-  policies = [remat] if remat != AUTO else list(REMAT) if capacity else ["none"]
+  policies = [remat] if remat != AUTO else list(REMAT) if capacity else ["dots"]
   for policy in policies:
     found = build(dict(scan=scan == "true", remat=policy))
     if policy == policies[-1] or needed(found, mesh, config.accumulate) <= USED * capacity:
       break
   many = max(found.model.shape.depth, found.model.shape.decoder_depth) > UNROLLED
-  if scan == AUTO and capacity and many and policy == "full":
-    found = build(dict(scan=True, remat=policy))
-  return found
+  loop = many and policy == "full" if capacity else policy != "none"
+  return build(dict(scan=True, remat=policy)) if scan == AUTO and loop else found

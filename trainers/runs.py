@@ -95,9 +95,12 @@ def check_same_vae(path: str, sha256: str) -> None:
 
 
 def as_it_runs(model: Mapping) -> dict:
-  """Attributes of the model of a config."""
+  """Attributes of the model of a config.
+
+  What it leaves open is as suits a forward pass: a loop over layers, which compiles faster.
+  """
   settings = {**model, "heads": tuple(model["heads"])}
-  settings["scan"] = settings.get("scan") == "true"
+  settings["scan"] = settings.get("scan") != "false"
   settings["remat"] = settings.get("remat", "none").replace("auto", "none")
   return settings
 

@@ -132,7 +132,8 @@ def _of_run(folder: str, config: Mapping) -> Place:
   if about is None:
     raise FileNotFoundError(f"{folder!r}: {ABOUT} is missing; it is written as a run starts.")
   settings = {**config["model"], "heads": tuple(config["model"]["heads"])}
-  settings |= {"scan": False, "remat": "none", "attention": "auto"}  # They are the training's.
+  # The run's own are for training; of a forward pass a loop keeps nothing, and compiles faster.
+  settings |= {"scan": True, "remat": "none", "attention": "auto"}
   settings |= {"image_size": tuple(about["image_size"]), "num_classes": about["num_classes"]}
   description = Description(
     settings,

@@ -134,8 +134,8 @@ class Stack(nn.Module):
   """`depth` blocks and a final LayerNorm.
 
   Parameters are stacked over the layers, [depth, ...], whether the layers run in a loop
-  (`scan=True`: compiles faster, smaller program) or unrolled (`scan=False`: runs faster), so a
-  checkpoint serves both.
+  (`scan=True`: compiles faster, smaller program) or unrolled (`scan=False`: trains faster on
+  accelerators), so a checkpoint serves both.
 
   Attributes:
     depth, heads: numbers of layers, and of attention heads.
