@@ -2,13 +2,14 @@
 
 import os
 
+from xla_flags import QUICK
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
   [
     os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=4",
-    # Tests compile for longer than they run. (Only flags that every jaxlib knows: others abort.)
-    "--xla_backend_optimization_level=0",
+    QUICK,
   ]
 )
 os.environ["NPROC"] = "32"  # virtual devices wait for one another: each needs a thread

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from xla_flags import QUICK
 
 from trainers import stages
 from umd import distributed
@@ -162,6 +163,7 @@ def get_config(arg=None):
     "variant=nano/2,steps=2,finetune_steps=24,batch_size=32,num_samples=20,sampling_steps=2"
   )
   config.finetune.evals.fewshot = config.pretrain.evals.fewshot
+  config.finetune.evals.generation.train.split = "train[:10%]"  # to be judged by a quick learner
   config.pretrain.evals = {}
   config.finetune.log_every = 1
   config.finetune.checkpoint.every = 3
@@ -184,7 +186,7 @@ class Launch:
     config.write_text(TINY)
     environ = {
       **os.environ,
-      "XLA_FLAGS": "--xla_backend_optimization_level=0",
+      "XLA_FLAGS": QUICK,
       "JAX_COMPILATION_CACHE_DIR": str(cache),  # for the second launch
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

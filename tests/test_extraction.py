@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from test_distributed import free_port
+from xla_flags import QUICK
 
 from umd import extraction, fid
 from umd.data import from_arrays, load
@@ -136,7 +137,7 @@ np.savez(sys.argv[3], scores=means, **parts)
 
 def test_two_processes_describe_what_one_does(small_inception, tmp_path):
   """Each takes the rows of its own device; both end up with all of it, in float64."""
-  environ = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+  environ = {**os.environ, "XLA_FLAGS": QUICK}
   environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
   address = f"127.0.0.1:{free_port()}"
   outs = [tmp_path / f"{i}.npz" for i in range(2)]

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from xla_flags import QUICK
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 24
@@ -50,7 +51,7 @@ class Run:
     # One device, and as many threads as the machine has cores: conftest's settings are for four.
     environment = {k: v for k, v in os.environ.items() if k != "NPROC"}
     environment |= {
-      "XLA_FLAGS": "--xla_backend_optimization_level=0",
+      "XLA_FLAGS": QUICK,
       "JAX_COMPILATION_CACHE_DIR": str(self.home / "compiled"),  # for all starts
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

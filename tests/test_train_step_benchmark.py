@@ -107,7 +107,7 @@ def test_without_the_plain_variant_there_is_no_ratio():
 
 def test_the_command_prints_a_table_and_appends_json_lines(tmp_path, capsys):
   out = tmp_path / "rows.jsonl"
-  flags = ["--cases", "nano_16", "--methods", "maskdit", "--repeats", "2", "--out", str(out)]
+  flags = ["--cases", "nano_16", "--methods", "mae", "--repeats", "2", "--out", str(out)]
   train_step.main(flags)
   ours, plain = (json.loads(line) for line in out.read_text().splitlines())
   assert (ours["variant"], plain["variant"]) == ("ours", "plain") and plain["times_plain"] == 1
