@@ -36,7 +36,7 @@ def needs():
   """Bytes that a step takes by the policy."""
   mesh = make_mesh([memory.StandIn(0, H100)])
   return {
-    remat: layout.needed(build("micro/4")(dict(scan=False, remat=remat)), mesh)
+    remat: layout.needed(build("nano/4")(dict(scan=False, remat=remat)), mesh)
     for remat in ("none", "dots", "full")
   }
 
@@ -54,12 +54,12 @@ def test_what_fits_is_kept(monkeypatch, needs):
     (0.5 * needs["full"], "full"),  # Nothing fits: the least.
   ):
     monkeypatch.setattr(chips, "memory", lambda kind, capacity=capacity: int(capacity))
-    assert decide(H100, "micro/4") == (False, remat)
+    assert decide(H100) == (False, remat)
 
 
 def test_more_parts_of_a_batch_take_less(needs):
   mesh = make_mesh([memory.StandIn(0, H100)])
-  assert layout.needed(build("micro/4")(dict(scan=False, remat="none")), mesh, 4) < needs["none"]
+  assert layout.needed(build("nano/4")(dict(scan=False, remat="none")), mesh, 4) < needs["none"]
 
 
 @pytest.mark.parametrize("variant, scan", [("L/4", True), ("Ti/4", False)])

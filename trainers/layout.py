@@ -45,8 +45,8 @@ def settle(config: ConfigDict, build: Callable[[dict], Objective], mesh: Mesh) -
   """The objective with what the config's model leaves to "auto" decided.
 
   Of what to keep for the backward pass the most that fits the device's memory, by estimate. Layers
-  are unrolled unless they are many and all is computed again: only then a loop takes no more time
-  and memory, and it compiles much faster.
+  are unrolled unless they are many and all is computed again: only then a loop takes no more
+  memory, and it compiles much faster.
 
   Where the memory is not known (a CPU), a loop that keeps products: it is as fast as unrolled
   layers that keep everything, in half the memory and half the time to compile
