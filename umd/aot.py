@@ -160,7 +160,7 @@ def compile_step(lowered: jax.stages.Lowered) -> Compiled | OutOfMemory:
   try:
     text = compiled.as_text()
   except (jax.errors.JaxRuntimeError, NotImplementedError):
-    text = ""  # Of v6e and TPU7x it is not to be had.
+    text = ""  # Of some programs for v6e and TPU7x it is not to be had.
   outputs = max(0, told.output_size_in_bytes - told.alias_size_in_bytes)
   program = hlo.parse(text) if text else None
   return Compiled(
