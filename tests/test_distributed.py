@@ -160,8 +160,7 @@ from configs import quickstart
 
 def get_config(arg=None):
   config = quickstart.get_config(
-    "method=dit,variant=nano/2,steps=2,finetune_steps=24,batch_size=32,num_samples=20,"
-    "sampling_steps=2"
+    "variant=nano/2,steps=2,finetune_steps=24,batch_size=32,num_samples=20,sampling_steps=2"
   )
   config.finetune.evals.fewshot = config.pretrain.evals.fewshot
   config.finetune.evals.generation.train.split = "train[:10%]"  # to be judged by a quick learner

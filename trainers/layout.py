@@ -49,7 +49,7 @@ def settle(config: ConfigDict, build: Callable[[dict], Objective], mesh: Mesh) -
   memory, and it compiles much faster.
 
   Where the memory is not known (a CPU), a loop that keeps products: it is as fast as unrolled
-  layers that keep everything, in half the memory and half the time to compile
+  layers that keep everything, takes less than half the memory and compiles faster
   (`benchmarks.train_step`). A loop that keeps everything is slower than either.
 
   Args:
