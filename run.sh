@@ -4,14 +4,15 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 modules() {  # what can be run: the programs here and in tools/ and benchmarks/
-  grep -ls '^if __name__ == ' -- *.py tools/*.py benchmarks/*.py | sed -e 's|\.py$||' -e 's|/|.|g' || true
+  grep -ls '^if __name__ == ' -- *.py tools/*.py tools/*/__main__.py benchmarks/*.py umd/serve/*.py \
+    | sed -e 's|/__main__||' -e 's|\.py$||' -e 's|/|.|g' || true
 }
 
 usage() {
   cat <<TEXT
 Usage: bash run.sh MODULE [ARGUMENTS]   run a program, as python -m MODULE ARGUMENTS
        bash run.sh test [ARGUMENTS]     run the tests; arguments go to pytest
-       bash run.sh demo [ARGUMENTS]     serve a page to try a model on: tools.demo
+       bash run.sh demo [ARGUMENTS]     serve a page to try a model on: umd.serve.demo
        bash run.sh fit [ARGUMENTS]      whether a run fits, and how fast: tools.fit
 
 Modules: $(modules | xargs)
@@ -140,7 +141,7 @@ esac
 module="$1"
 shift
 if [[ "$module" == demo ]]; then
-  module=tools.demo
+  module=umd.serve.demo
 elif [[ "$module" == fit ]]; then
   module=tools.fit
 fi
@@ -150,7 +151,7 @@ if [[ "$module" != test ]] && ! modules | grep -qxF -- "$module"; then
   exit 2
 fi
 install "$(accelerator)"
-if [[ "$module" == tools.demo ]]; then
+if [[ "$module" == umd.serve.demo ]]; then
   install_demo
 elif [[ "$module" == tools.fit && "$(accelerator)" != tpu ]]; then
   install_fit

@@ -25,12 +25,14 @@ import jax
 import numpy as np
 
 from tools.command_line import add_processes, natural, positive, run
-from umd import distributed, pictures, sample_files, workdir
-from umd.inputs import ALL
-from umd.pretrained import BATCH, RESAMPLING, Pretrained, load
-from umd.progress import format_seconds, say
-from umd.quantize import QUANTIZERS
+from umd.devices import distributed
+from umd.metrics.quantize import QUANTIZERS
+from umd.runs import workdir
+from umd.runs.progress import format_seconds, say
 from umd.samplers import SAMPLERS, SPACINGS
+from umd.trained import pictures, shards
+from umd.trained.inputs import ALL
+from umd.trained.model import BATCH, RESAMPLING, Pretrained, load
 
 SETTINGS = (
   *("sampler", "steps", "head", "cfg_scale", "cfg_channels", "guidance_interval"),
@@ -88,20 +90,20 @@ def draw(args: argparse.Namespace, model: Pretrained) -> None:
     **({"dtype": args.dtype} if args.dtype else {}),
   }
   folder = output_folder(args, settings)
-  plan = sample_files.Plan(folder, settings, f"sample {shlex.join(args.argv)}")
-  sample_files.begin(plan, distributed.is_main())
-  there = plan.shards - len(sample_files.missing(plan))
+  plan = shards.Plan(folder, settings, f"sample {shlex.join(args.argv)}")
+  shards.begin(plan, distributed.is_main())
+  there = plan.shards - len(shards.missing(plan))
   how = ", ".join(f"{key}={value}" for key, value in used.items())
   say(f"{model}\n{num} samples, {how}; {there} of {plan.shards} shards are there")
   place = jax.process_index(), jax.process_count()
-  drawn, seconds = sample_files.draw(plan, model, args.batch_size, place)
+  drawn, seconds = shards.draw(plan, model, args.batch_size, place)
   if drawn:
     rate = drawn / max(seconds, 1e-9)
     say(f"{drawn} samples drawn here in {format_seconds(seconds)}, {rate:.1f} images/s")
   if not distributed.is_main():
     return
-  sample_files.wait(plan, say)
-  for kind, write in sample_files.OUTPUTS.items():
+  shards.wait(plan, say)
+  for kind, write in shards.OUTPUTS.items():
     if getattr(args, kind):
       say(write(plan))
 

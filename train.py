@@ -54,7 +54,7 @@ def _is_user_error(error: BaseException) -> bool:
 
 def _report(error: BaseException) -> int:
   """Prints the message alone if it is meant for the user, else a traceback; the exit status."""
-  from umd import progress
+  from umd.runs import progress
 
   progress.end_line()
   if _is_user_error(error):
@@ -79,10 +79,10 @@ def _help_config(argv) -> str | None:
   if not asked.config:
     raise ValueError("--help_config tells of a config: give --config, too.")
   from configs import common
-  from trainers import config_help
+  from trainers.config import help
 
   path, _, text = asked.config.partition(":")
-  return config_help.describe(path, text, common.parse_arg, common.METHODS)
+  return help.describe(path, text, common.parse_arg, common.METHODS)
 
 
 def _parse_flags(argv):
@@ -116,10 +116,10 @@ def main(argv):
     sys.exit(f"error: --config and --workdir are needed, nothing else. Example:\n  {EXAMPLE}")
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save otherwise.
-  from umd import preemption
+  from umd.runs import preemption
 
   preemption.install()
-  from umd import distributed  # Imports JAX: after the flags are known to be right.
+  from umd.devices import distributed  # Imports JAX: after the flags are known to be right.
 
   config = CONFIG.value
   try:
@@ -131,10 +131,11 @@ def main(argv):
       heartbeat_seconds=HEARTBEAT_SECONDS.value,
     )
     preemption.join()
-    from trainers import dry_run, stages
+    from trainers import stages
+    from trainers.config import describe
 
     if DRY_RUN.value:
-      text = dry_run.describe(config, WORKDIR.value)
+      text = describe.describe(config, WORKDIR.value)
     else:
       text = stages.table(stages.run(config, WORKDIR.value, KEY.value, _default()))
     if distributed.is_main():

@@ -19,8 +19,8 @@ import numpy as np
 
 from benchmarks.records import append
 from tools.command_line import positive, run
-from umd.models.attention import IMPLEMENTATIONS, attend, choose
-from umd.models.attention import plain_attention as textbook
+from umd.models.layers.attention import IMPLEMENTATIONS, attend, choose
+from umd.models.layers.attention import plain_attention as textbook
 
 DTYPES = ("float32", "bfloat16")
 

@@ -26,11 +26,10 @@ import numpy as np
 from benchmarks.records import append
 from configs import ae_i1k
 from tools.command_line import positive, run
-from trainers import autoencoder
-from umd import optim
-from umd.checkpoint import FOLDER, Checkpoints
-from umd.recovery import find_newest
-from umd.sharding import make_mesh
+from trainers import diffusion, optim
+from umd.devices.mesh import make_mesh
+from umd.runs.checkpoint import FOLDER, Checkpoints
+from umd.runs.integrity import find_newest
 from umd.state import TrainState, init_state
 
 KINDS = ("blocking", "background", "verify", "restore")
@@ -39,11 +38,11 @@ KINDS = ("blocking", "background", "verify", "restore")
 def make_state(variant: str, size: int) -> TrainState:
   """The state of a run of that config, with random numbers: zeros could be stored as less."""
   config = ae_i1k.get_config(f"variant={variant},size={size}").pretrain
-  model = autoencoder.make_model(config, (size, size, 3), num_classes=1000)
+  model = diffusion.make_model(config, (size, size, 3), num_classes=1000)
   settings = config.optim.to_dict()
   schedule = optim.make_schedule(settings.pop("lr"), 1000, settings.pop("warmup"))
   tx = optim.make_optimizer(schedule, **settings)
-  init = autoencoder.init_params(model)
+  init = diffusion.init_params(model)
   state = init_state(init, tx, jax.random.key(0), make_mesh())
   rng = np.random.default_rng(0)
 

@@ -1,4 +1,4 @@
-"""Seconds and values of the Frechet distance: umd.fid's against the formula with a matrix root.
+"""Seconds and values of the Frechet distance: umd.metrics.frechet's against the formula with a matrix root.
 
 python -m benchmarks.frechet --dims 2048 --samples 1000 10000 50000 --repeats 3 --out frechet.jsonl
 
@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks.records import append
-from umd.fid import Moments, frechet_distance
+from umd.metrics.frechet import Moments, frechet_distance
 
 
 def draw(samples: int, dim: int, scale: float, seed: int) -> np.ndarray:

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from umd.models.inception import BN_EPS, Inception
+from umd.metrics.inception import BN_EPS, Inception
 
 
 def to_torch(params) -> dict[str, np.ndarray]:

@@ -24,10 +24,10 @@ from benchmarks.records import append
 from tools.command_line import positive, run
 from umd import data
 from umd.data import ops
+from umd.data.decoding import inception_window
 from umd.data.host import tensorflow
 from umd.data.records import Records, row
 from umd.data.sources import Source
-from umd.data.windows import inception_window
 
 MADE = 128  # JPEGs that are made where there is no data.
 SIDES = (375, 500)  # Height and width of most of ImageNet's.

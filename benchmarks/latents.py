@@ -20,15 +20,16 @@ import optax
 
 from benchmarks.records import append
 from configs import ae_i1k
-from trainers import methods, runs
-from umd.codec import Latents, encode_batch
+from umd import objectives
+from umd.codecs.codec import Latents, encode_batch
+from umd.codecs.vae import Architecture, KLAutoEncoder
+from umd.codecs.vae_files import Weights
+from umd.devices.mesh import make_mesh, put_batch
 from umd.models.autoencoder import AutoEncoder
-from umd.models.vae import Architecture, KLAutoEncoder
 from umd.objectives import Objective
 from umd.paths import make_path
-from umd.sharding import make_mesh, put_batch
 from umd.state import init_state, make_train_step
-from umd.vae_weights import Weights
+from umd.trained import saved
 
 FLOAT16 = 2  # Bytes of a number on disk.
 
@@ -49,8 +50,8 @@ def make_steps(args: argparse.Namespace, mesh) -> dict:
   config = ae_i1k.get_config(f"{arguments},latent_diffusion=True,dtype={args.dtype}").pretrain
   image_size = (args.size, args.size, 3)
   seen = codec.model_size(image_size)
-  model = AutoEncoder(image_size=seen, **runs.as_it_runs(config.model.to_dict()))
-  streams, path = methods.make_streams(config.streams), make_path(**config.path.to_dict())
+  model = AutoEncoder(image_size=seen, **saved.as_it_runs(config.model.to_dict()))
+  streams, path = objectives.make_streams(config.streams), make_path(**config.path.to_dict())
   loss, tx = Objective(model, path, streams, args.batch_size), optax.adamw(1e-4)
   blank = jnp.zeros((1, *seen)), jnp.zeros(1, jnp.int32)
   init = lambda key: model.init(key, *blank)["params"]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from umd.masking import gather, patchify
+from umd.masks import gather, patchify
 from umd.models.autoencoder import AutoEncoder, Condition, Input
 
 

@@ -21,11 +21,11 @@ import jax.numpy as jnp
 from benchmarks.records import append
 from tools.command_line import positive, run
 from umd import samplers
-from umd.inference import Inference, example_keys
-from umd.masking import unpatchify
+from umd.masks import unpatchify
 from umd.models.autoencoder import AutoEncoder
 from umd.paths import make_path
 from umd.samplers import SAMPLERS, evaluations
+from umd.trained.inference import Inference, example_keys
 
 CLASSES, TIMESTEPS = 1000, 1000
 

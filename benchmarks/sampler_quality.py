@@ -17,11 +17,12 @@ import jax
 import numpy as np
 
 from evaluators.context import Context
-from evaluators.judges import Classifier
-from umd import load, workdir
-from umd.pretrained import Pretrained
+from evaluators.generation import Classifier
+from umd import load
+from umd.devices.mesh import make_mesh
+from umd.runs import workdir
 from umd.samplers import SAMPLERS, SPACINGS, evaluations
-from umd.sharding import make_mesh
+from umd.trained.model import Pretrained
 
 WAYS = (
   *("ddim", "dpmpp_2m", "dpmpp_2m:logsnr", "dpmpp_2m:quadratic", "dpmpp_2m:karras"),

@@ -6,7 +6,7 @@ Every variant is the trainer's step (loss, gradient, clipping, AdamW, average, g
 weights, batch and random numbers, on synthetic images; they run in turns in one process, so that
 what else the machine does slows all of them. `ours` runs as the trainer decides for this device,
 `plain` as `benchmarks/plain.py` says, others with the options that their names say. GFLOP/s are of
-the model's own matrix products (`umd.flops`): work done again to save memory does not count.
+the model's own matrix products (`umd.devices.flops`): work done again to save memory does not count.
 `x plain` compares images/s, `by cores` the seconds of all cores, which other work hardly changes.
 Memory is the compiler's account of one device: arguments (state and batch) and temporaries.
 """
@@ -26,14 +26,14 @@ from benchmarks.plain import Plain
 from benchmarks.records import append
 from configs import common
 from tools.command_line import positive, run
-from trainers import layout, methods
-from umd import chips, flops, optim
-from umd.guard import init_guard
+from trainers import diffusion, optim
+from umd import objectives
+from umd.devices import chips, flops
+from umd.devices.mesh import make_mesh, put_batch, replicate
 from umd.models.autoencoder import AutoEncoder
 from umd.objectives import Objective
 from umd.paths import make_path
-from umd.sharding import make_mesh, put_batch, replicate
-from umd.state import Step, TrainState, make_train_step
+from umd.state import Step, TrainState, init_guard, make_train_step
 
 # name: variant, side of the images in pixels, batch.
 CASES = {
@@ -98,14 +98,14 @@ def parts(case: str, method: str, dtype: str, variant: str) -> tuple[Step, Train
   size = (side, side, 3)
   options = {"condition": "token" if method == "mae" else "adaln", **options}
   left = {key: options.pop(key) for key in ("scan", "remat") if key in options}
-  streams = methods.make_streams(common.streams(**common.METHODS[method]))
+  streams = objectives.make_streams(common.streams(**common.METHODS[method]))
   mesh, path = make_mesh(), make_path("cosine", 1000)
 
   def build(how: dict) -> Objective:
     model = kind(size_name, size, dtype=dtype, **options, **how)
     return Objective(model, path, streams, batch_size)
 
-  objective = layout.settle(ConfigDict(dict(model=left, accumulate=1)), build, mesh)
+  objective = diffusion.settle(ConfigDict(dict(model=left, accumulate=1)), build, mesh)
   settings = common.optim(common.scaled(1.5e-4, batch_size), 0.05, 0.95)
   schedule = optim.make_schedule(settings.pop("lr"), STEPS, settings.pop("warmup"))
   tx = optim.make_optimizer(schedule, **settings)

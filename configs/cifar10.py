@@ -3,13 +3,13 @@
   bash run.sh train --config configs/cifar10.py:method=umd --workdir runs/cifar10_umd
 
 Reads TFDS's `cifar10` from $TFDS_DATA_DIR, and downloads it if it is not there. ARGUMENTS of
-two_stages.py; docs/results.md has what came of them.
+images.py (TWO_STAGES); docs/results.md has what came of them.
 """
 
-from configs import images, two_stages
+from configs import images
 
 ARGUMENTS = {
-  **two_stages.ARGUMENTS,
+  **images.TWO_STAGES,
   "dataset": "cifar10",
   "size": 32,
   "variant": "micro/4",
@@ -20,4 +20,4 @@ ARGUMENTS = {
 
 def get_config(arg=None):
   """Both stages, "pretrain" and "finetune"."""
-  return two_stages.get_config(images.parse_arg(arg, **ARGUMENTS))
+  return images.two_stages(images.parse_arg(arg, **ARGUMENTS))

@@ -183,7 +183,7 @@ def autoencoder(
   checkpoint_every: int = 5000,
   latents: dict | None = None,
 ) -> dict:
-  """A complete config of `trainers/autoencoder.py`.
+  """A complete config of `trainers/diffusion.py`.
 
   Args:
     a: the ARGUMENTS.
@@ -199,7 +199,7 @@ def autoencoder(
     checkpoint_every: steps between checkpoints, 0 for none; latents: None for pixels.
   """
   return dict(
-    trainer="autoencoder",
+    trainer="diffusion",
     seed=a.seed,
     batch_size=batch_size,
     eval_batch_size=eval_batch_size,
@@ -235,7 +235,7 @@ def records(a, log_every: int, checkpoint_every: int) -> dict:
 
 
 def sampling(*, steps: int, cfg_scale: float, path: str = "", **options) -> dict:
-  """Arguments of `umd.inference.Inference.sample`; `options` come on top."""
+  """Arguments of `umd.trained.inference.Inference.sample`; `options` come on top."""
   # At the end of the flow path x_t is all noise: eps is no news there, x0 is.
   head = "x0" if path == "flow" else "eps"
   return dict(sampler="ddim", steps=steps, cfg_scale=cfg_scale, head=head) | options

@@ -3,13 +3,13 @@
   bash run.sh train --config configs/folder.py:root=PATH,size=64,variant=S/4 --workdir runs/mine
 
 A tenth of the images is held out, unless train_split= and test_split= name folders in <root>
-(train, val) or other parts. The rest of the ARGUMENTS is in two_stages.py.
+(train, val) or other parts. The rest of the ARGUMENTS is in images.py (TWO_STAGES).
 """
 
-from configs import images, two_stages
+from configs import images
 
 ARGUMENTS = {
-  **two_stages.ARGUMENTS,
+  **images.TWO_STAGES,
   "root": "",  # the folder of images; needed
   "train_split": "all[10%:]",
   "test_split": "all[:10%]",
@@ -27,4 +27,4 @@ def get_config(arg=None):
     raise ValueError("root='' must be a folder of images: configs/folder.py:root=PATH.")
   with a.unlocked():
     a.dataset, a.data_dir = f"folder:{a.root}", ""
-  return two_stages.get_config(a)
+  return images.two_stages(a)

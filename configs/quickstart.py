@@ -36,7 +36,7 @@ TRAIN, TEST = common.data("digits", "train", ""), common.data("digits", "test", 
 
 
 def get_config(arg=None):
-  """Both stages, each a complete config of `trainers/autoencoder.py`."""
+  """Both stages, each a complete config of `trainers/diffusion.py`."""
   a = common.parse_arg(arg, **ARGUMENTS)
   return ConfigDict(
     dict(stages=("pretrain", "finetune"), pretrain=_pretrain(a), finetune=_finetune(a))

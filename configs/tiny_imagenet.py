@@ -3,13 +3,13 @@
   TFDS_DATA_DIR=DIR bash run.sh train --config configs/tiny_imagenet.py --workdir runs/tiny
 
 TFDS has no builder for it: docs/data.md says how to prepare one from a folder of images. ARGUMENTS
-of two_stages.py.
+of images.py (TWO_STAGES).
 """
 
-from configs import images, two_stages
+from configs import images
 
 ARGUMENTS = {
-  **two_stages.ARGUMENTS,
+  **images.TWO_STAGES,
   "dataset": "tiny_imagenet",
   "size": 64,
   "variant": "micro/8",
@@ -20,4 +20,4 @@ ARGUMENTS = {
 
 def get_config(arg=None):
   """Both stages, "pretrain" and "finetune"."""
-  return two_stages.get_config(images.parse_arg(arg, **ARGUMENTS))
+  return images.two_stages(images.parse_arg(arg, **ARGUMENTS))

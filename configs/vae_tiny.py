@@ -46,7 +46,7 @@ SUMMARY = (
 
 
 def get_config(arg=None):
-  """A complete config of `trainers/kl_autoencoder.py`."""
+  """A complete config of `trainers/kl_vae.py`."""
   a = common.parse_arg(arg, **ARGUMENTS)
   for name in ("steps", "evaluations"):
     if a[name] < 1:
@@ -61,7 +61,7 @@ def get_config(arg=None):
   )
   return ConfigDict(
     dict(
-      trainer="kl_autoencoder",
+      trainer="kl_vae",
       seed=a.seed,
       batch_size=a.batch_size,
       eval_batch_size=256,

@@ -9,13 +9,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from umd import preemption, progress
-from umd.codec import Codec, Pixels, Weights, encode_examples
+from umd.codecs.codec import Codec, Pixels, Weights, encode_examples
 from umd.data import Source, eval_batches, load
-from umd.inference import Inference, example_keys
+from umd.devices.mesh import batch_sharding, local_rows, replicated, run_ahead
+from umd.devices.placement import gathered_at_once, on
 from umd.objectives import Stream
-from umd.placement import gathered_at_once, on
-from umd.sharding import batch_sharding, local_rows, replicated, run_ahead
+from umd.runs import preemption, progress
+from umd.trained.inference import Inference, example_keys
 
 
 def say(text: str) -> None:

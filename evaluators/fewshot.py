@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from evaluators import knn as neighbours
 from evaluators.context import Context
-from evaluators.ridge import Ridge
-from umd import progress
-from umd.inference import FEATURES, example_keys
+from umd.metrics import knn as neighbours
+from umd.metrics.ridge import Ridge
+from umd.runs import progress
 from umd.state import TrainState
+from umd.trained.inference import FEATURES, example_keys
 
 PROTOCOLS = ("strict", "umd")
 UMD_L2 = 1024.0
@@ -37,7 +37,7 @@ def draw_shots(labels: np.ndarray, shots: int, num_classes: int, seed: int) -> n
 class Evaluator:
   """Classifiers on frozen features of the training data, tested on the test data (top-1).
 
-  Features are those of the EMA weights at timestep t (see `umd.inference.Inference.represent`),
+  Features are those of the EMA weights at timestep t (see `umd.trained.inference.Inference.represent`),
   extracted once for everything, and raw pixels. Classifiers:
 
     strict: ridge on exactly k examples of each class (Big Vision's protocol). The penalty is chosen

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from evaluators.context import Context, Weights, count
-from umd.checkpoint import WEIGHTS
-from umd.inference import example_keys, example_normal, example_uniform
 from umd.objectives import TIMESTEPS, Draw, Stream, score
+from umd.runs.checkpoint import WEIGHTS
 from umd.state import TrainState
+from umd.trained.inference import example_keys, example_normal, example_uniform
 
 
 class Evaluator:

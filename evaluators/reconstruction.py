@@ -7,12 +7,13 @@ import jax
 import numpy as np
 
 from evaluators.context import Context, count
-from umd import codec, progress
+from umd.codecs import codec
 from umd.data import eval_batches
-from umd.inference import example_keys
-from umd.metrics import Images, to_grid
-from umd.sharding import replicated, run_ahead
+from umd.devices.mesh import replicated, run_ahead
+from umd.runs import progress
+from umd.runs.writers import Images, to_grid
 from umd.state import TrainState
+from umd.trained.inference import example_keys
 
 
 class Evaluator:

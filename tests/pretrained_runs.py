@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import quickstart
-from trainers import runs
-from umd import workdir
-from umd.checkpoint import Checkpoints
-from umd.codec import Pixels
+from umd.codecs.codec import Pixels
+from umd.devices.mesh import make_mesh, replicated
 from umd.models.autoencoder import AutoEncoder
-from umd.sharding import make_mesh, replicated
+from umd.runs import workdir
+from umd.runs.checkpoint import Checkpoints
 from umd.state import TrainState
+from umd.trained import saved
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 STEPS, SIZE, T = 4, (8, 8, 1), 20  # Of samplers; of images; timesteps.
@@ -51,10 +51,10 @@ def make(path, settings, classes=10, names=NAMES, codec=None, steps=(3, 7), size
   Step s scores -s. Returns the folder.
   """
   path, codec = str(path), codec or Pixels()
-  model = runs.as_it_runs(settings.model.to_dict())
+  model = saved.as_it_runs(settings.model.to_dict())
   model = AutoEncoder(image_size=codec.model_size(size), num_classes=classes, **model)
   workdir.start(path, settings.to_dict())
-  workdir.write_json(os.path.join(path, runs.ABOUT), runs.describe_model(model, codec, names))
+  workdir.write_json(os.path.join(path, saved.ABOUT), saved.describe_model(model, codec, names))
   with Checkpoints(path, keep=max(1, len(steps)), best="max:score") as checkpoints:
     for step in steps:
       params = params_of(model, 100 + step), params_of(model, step)

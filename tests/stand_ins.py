@@ -1,16 +1,18 @@
 """Cheap things that take the place of expensive ones in tests."""
 
 import functools
+import socket
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from umd import codec, extraction
-from umd.models.inception import LOGITS, POOL, SPATIAL
-from umd.models.vae import Architecture, KLAutoEncoder
-from umd.quantize import quantize
-from umd.vae_weights import Weights
+from umd.codecs import codec
+from umd.codecs.vae import Architecture, KLAutoEncoder
+from umd.codecs.vae_files import Weights
+from umd.metrics import features as extraction
+from umd.metrics.inception import LOGITS, POOL, SPATIAL
+from umd.metrics.quantize import quantize
 
 WIDTHS = {"pool": POOL, "spatial": SPATIAL, "logits": LOGITS}
 
@@ -23,7 +25,7 @@ def features(levels, xp=np):
 
 
 def small_inception(setattr):
-  """Puts `features` in Inception's place in `umd.extraction`; returns it, for NumPy arrays.
+  """Puts `features` in Inception's place in `umd.metrics.features`; returns it, for NumPy arrays.
 
   `setattr` is the built-in one, or a monkeypatch's.
   """
@@ -81,3 +83,10 @@ class Function:
 def at_once(objective):
   """An objective as a function (params, batch, key) -> (loss, terms)."""
   return lambda params, batch, key: objective(params, objective.draw(batch, key))
+
+
+def free_port() -> int:
+  """A TCP port of this machine that nothing listens on."""
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    return s.getsockname()[1]

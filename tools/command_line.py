@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from umd import distributed
+from umd.devices import distributed
 
 
 def _at_least(low: int) -> Callable[[str], int]:
@@ -21,7 +21,7 @@ natural, positive = _at_least(0), _at_least(1)  # For `type=`.
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
-  """Flags of programs that several processes run together, see `umd.distributed.start`."""
+  """Flags of programs that several processes run together, see `umd.devices.distributed.start`."""
   parser.add_argument("--coordinator", help="HOST:PORT of process 0, of several processes")
   parser.add_argument("--num_processes", type=positive, help="how many they are")
   parser.add_argument("--process_id", type=int, help="which of them this is, from 0")

@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 
-from umd.metrics import read_jsonl
+from umd.runs.writers import read_jsonl
 
 
 def series(run: str, metric: str) -> tuple[list[int], list[float]]:

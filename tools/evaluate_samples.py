@@ -29,12 +29,15 @@ from tools.fid_reference import (
   images_in,
   statistics_file,
 )
-from umd import distributed, extraction, statistics, workdir
 from umd.data import Source
 from umd.data.image_sets import open_images
-from umd.progress import say
-from umd.sharding import make_mesh
-from umd.statistics import METRICS, Statistics
+from umd.devices import distributed
+from umd.devices.mesh import make_mesh
+from umd.metrics import features as extraction
+from umd.metrics import statistics
+from umd.metrics.statistics import METRICS, Statistics
+from umd.runs import workdir
+from umd.runs.progress import say
 
 KEEP = 50_000  # Images of each side, at most, of which precision, recall and KID compare features.
 PAPERS = 50_000  # Samples that papers evaluate.

@@ -22,15 +22,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tools.command_line import add_processes, natural, positive, run
-from umd import distributed, extraction, statistics
 from umd.data import Source
 from umd.data.host import in_graph, tensorflow
 from umd.data.image_sets import locate, open_images
 from umd.data.pipeline import EVALUATION_SEED
 from umd.data.records import rows
-from umd.progress import Clock, format_seconds, say
-from umd.quantize import quantize
-from umd.sharding import each_process, make_mesh
+from umd.devices import distributed
+from umd.devices.mesh import each_process, make_mesh
+from umd.metrics import features, statistics
+from umd.metrics.quantize import quantize
+from umd.runs.progress import Clock, format_seconds, say
 
 TOGETHER = 64  # Images at a time where memory counts; a multiple of 4 (see `each_process`).
 
@@ -50,7 +51,7 @@ def images_in(file: str) -> bool:
 def pick(source: Source, num: int) -> np.ndarray:
   """uint8 [num, H, W, 3]: images of a source, spread evenly, as Inception sees them.
 
-  They are those whose features `umd.extraction.describe` keeps. Of several processes each reads its
+  They are those whose features `umd.metrics.features.describe` keeps. Of several processes each reads its
   part, and all return the whole.
   """
   tf = tensorflow()
@@ -100,9 +101,9 @@ def make(args: argparse.Namespace) -> None:
   source, mesh = open_images(args.data, args.size, args.data_dir), make_mesh()
   height, width, channels = source.image_size
   say(f"{source.name}: {len(source)} images, {height} x {width} x {channels}")
-  network = extraction.load_network(extraction.find_network(args.weights), mesh)
+  network = features.load_network(features.find_network(args.weights), mesh)
   batch_size = fitting(args.batch_size, len(source), mesh)
-  found = extraction.describe(source, network, mesh, batch_size, keep=args.images)
+  found = features.describe(source, network, mesh, batch_size, keep=args.images)
   images = pick(source, args.images) if args.images else None
   if distributed.is_main():
     statistics.write(args.out, found, images)
@@ -163,14 +164,14 @@ def complete(args: argparse.Namespace, file: str) -> None:
     say(f"nothing to add: {why}; {args.out} is not written")
     return
   mesh = make_mesh()
-  network = extraction.load_network(extraction.find_network(args.weights), mesh)
+  network = features.load_network(features.find_network(args.weights), mesh)
   if found.inception not in ("", network.sha256):
     raise ValueError(
       f"{file!r} was made with other Inception weights (SHA-256 {found.inception[:12]}..., here "
       f"{network.sha256[:12]}...): features of these would not go with it."
     )
   batch_size = fitting(args.batch_size, len(source), mesh)
-  seen = extraction.describe(source, network, mesh, batch_size, keep=len(source))
+  seen = features.describe(source, network, mesh, batch_size, keep=len(source))
   if distributed.is_main():
     whole = dataclasses.replace(found, features=seen.features)
     statistics.write(args.out, whole, source.records.images)

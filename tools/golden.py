@@ -19,9 +19,10 @@ import numpy as np
 import optax
 
 from configs import quickstart
-from trainers import autoencoder
-from trainers.step import make_step
-from umd import data, sharding
+from trainers import diffusion
+from trainers.loop import make_step
+from umd import data
+from umd.devices import mesh
 from umd.state import init_state
 
 FILE = Path(__file__).resolve().parent.parent / "tests/golden/losses.json"
@@ -51,14 +52,14 @@ def train(method: str) -> dict[str, list[float]]:
   config = quickstart.get_config(f"method={method},{arguments},{SMALL}").pretrain
   config.evals, config.use_labels, config.label_drop_prob = {}, labels, 0.2 * labels
   with tempfile.TemporaryDirectory() as empty:
-    parts = autoencoder.prepare(config, empty, empty)
-  init, key = autoencoder.init_params(parts.model), jax.random.key(config.seed)
+    parts = diffusion.prepare(config, empty, empty)
+  init, key = diffusion.init_params(parts.model), jax.random.key(config.seed)
   state = init_state(init, parts.tx, key, parts.mesh)
   step = make_step(config, parts, state)
   batches = data.train_batches(parts.source, config.batch_size, seed=config.seed)
   history = []
   for _ in range(STEPS):
-    state, metrics = step(state, sharding.put_batch(next(batches), parts.mesh))
+    state, metrics = step(state, mesh.put_batch(next(batches), parts.mesh))
     history.append(metrics)
   history = jax.device_get(history)
   series = {k: [float(m[k]) for m in history] for k in history[0] if not k.startswith("skipped")}

@@ -18,10 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import common
-from trainers.methods import make_streams
 from umd import data
-from umd.masking import mask_from_noise, num_kept, patchify, unpatchify
-from umd.objectives import WHERE, Stream
+from umd.masks import mask_from_noise, num_kept, patchify, unpatchify
+from umd.objectives import WHERE, Stream, make_streams
 from umd.paths import make_path
 
 HIDDEN, UNSCORED = 0.5, 0.97  # Grey levels.

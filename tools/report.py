@@ -13,8 +13,9 @@ import sys
 from collections.abc import Sequence
 
 from umd import report
-from umd import workdir as folder
-from umd.report import comparison, page, read
+from umd.report import page, read
+from umd.report import page as comparison
+from umd.runs import workdir as folder
 
 
 def stages(run: str) -> dict[str, str]:

@@ -12,11 +12,14 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import evaluators
-from trainers import logs, runs
-from umd import metrics, progress, report, sharding
-from umd import workdir as folder
-from umd.checkpoint import load_params
+from trainers import logs
+from umd import report
+from umd.devices import mesh as sharding
+from umd.runs import progress, writers
+from umd.runs import workdir as folder
+from umd.runs.checkpoint import load_params
 from umd.state import TrainState
+from umd.trained import saved
 
 
 def prepare(config: ConfigDict, workdir: str, cache: str, init_from: str = ""):
@@ -34,8 +37,8 @@ def prepare(config: ConfigDict, workdir: str, cache: str, init_from: str = ""):
 
 
 def _build(config: ConfigDict, cache: str, init_from: str):
-  run = runs.open_run(init_from, scan=config.model.scan)
-  runs.check_expected(run, config.expected.to_dict())
+  run = saved.open_run(init_from, scan=config.model.scan)
+  saved.check_expected(run, config.expected.to_dict())
   mesh, size = sharding.make_mesh(), config.eval_batch_size
   context = evaluators.Context(
     run.inference, run.streams, mesh, size, config.seed, cache, codec=run.open_codec(mesh)
@@ -43,7 +46,7 @@ def _build(config: ConfigDict, cache: str, init_from: str):
   return run, evaluators.from_config(settings(config, run), context)
 
 
-def settings(config: ConfigDict, run: runs.Run) -> dict:
+def settings(config: ConfigDict, run: saved.Run) -> dict:
   """Settings of the evaluators; guidance that nobody asked for is left out without labels."""
   evals = config.evals.to_dict()
   for one in evals.values():
@@ -52,7 +55,7 @@ def settings(config: ConfigDict, run: runs.Run) -> dict:
   return evals
 
 
-def _load(run: runs.Run, weights: str) -> TrainState:
+def _load(run: saved.Run, weights: str) -> TrainState:
   """The run's weights on all devices: the chosen ones where evaluators look, the raw ones too."""
   mesh = sharding.make_mesh()
   chosen, step = load_params(run.folder, weights)
@@ -73,7 +76,7 @@ def run(
   """Runs every evaluator once on the newest checkpoint of the run in `init_from`.
 
   Writes metrics and pictures to `workdir`, and adds a line with the settings and all numbers to
-  its evaluations.jsonl. Arguments as in `trainers.autoencoder.run`.
+  its evaluations.jsonl. Arguments as in `trainers.diffusion.run`.
   """
   say, started = logs.printer(name), time.time()
   prepare(config, workdir, cache)
@@ -95,7 +98,7 @@ def run(
       writer.write(step, values)
       say(f"{s.name} ({time.perf_counter() - began:.0f} s)")
       for k, v in values.items():
-        if not isinstance(v, metrics.Images):
+        if not isinstance(v, writers.Images):
           say(f"  {k} {v}" if isinstance(v, str) else f"  {k} {v:.4g}")
   summary = logs.summarise(name, step, started, sorted(writer.latest), writer)
   if is_main:

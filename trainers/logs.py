@@ -9,21 +9,21 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from umd import metrics
-from umd.progress import format_seconds, say
+from umd.runs import writers
+from umd.runs.progress import format_seconds, say
 
 
 def make_writer(config: ConfigDict, workdir: str, step: int, wandb_key: str | None):
   """All sinks on process 0, none elsewhere."""
   if jax.process_index():
-    return metrics.Writer([])
-  lines = metrics.JsonLines(workdir, step)
-  sinks = [lines, metrics.PngFolder(workdir), metrics.TensorBoard(workdir)]
+    return writers.Writer([])
+  lines = writers.JsonLines(workdir, step)
+  sinks = [lines, writers.PngFolder(workdir), writers.TensorBoard(workdir)]
   if config.wandb.mode != "disabled":
     name = os.path.basename(workdir.rstrip("/"))
     settings = {"name": name, **config.wandb.to_dict()}
-    sinks.append(metrics.Wandb(workdir, config.to_dict(), wandb_key, **settings))
-  return metrics.Writer(sinks, lines.earlier)
+    sinks.append(writers.Wandb(workdir, config.to_dict(), wandb_key, **settings))
+  return writers.Writer(sinks, lines.earlier)
 
 
 def printer(name: str):
@@ -53,10 +53,10 @@ def summarise(name: str, step: int, started: float, patterns: Sequence[str], wri
   }
 
 
-INPUT_WAIT = "input_wait"  # Share of the time since the last log, see `umd.goodput`.
+INPUT_WAIT = "input_wait"  # Share of the time since the last log, see `umd.runs.goodput`.
 SLOW_INPUT = 0.05  # From there on it is told.
 
-# Metrics of the guard (`umd.guard`): numbers of steps, and what is not logged.
+# Metrics of the guard (`umd.state`): numbers of steps, and what is not logged.
 COUNTS, INTERNAL = ("skipped", "spikes"), ("skipped_row",)
 
 

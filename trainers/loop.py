@@ -5,19 +5,106 @@ logs closed and its last save completed, however it ends.
 """
 
 import contextlib
+import functools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from evaluators import Scheduled
-from trainers import interruption, logs
-from umd import data, metrics, preemption, progress, report, sharding
-from umd import workdir as folder
-from umd.checkpoint import Checkpoints
-from umd.goodput import Goodput
+from trainers import diagnosis, logs
+from umd import data, report
+from umd.codecs.codec import encode_batch
+from umd.devices import mesh
+from umd.devices import mesh as sharding
+from umd.runs import preemption, progress, writers
+from umd.runs import workdir as folder
+from umd.runs.checkpoint import Checkpoints
+from umd.runs.goodput import Goodput
+from umd.state import Guard, Step, TrainState, make_train_step
+
+
+def describe(pending: logs.StepMetrics, left: list[str]) -> dict:
+  """JSON-able: the metrics of the steps since the last log, and the evaluators not yet run.
+
+  Fetches the metrics from the devices.
+  """
+  steps = [step for step, _ in pending._pending]
+  fetched = jax.device_get([values for _, values in pending._pending])
+  return {
+    "unlogged": [
+      [step, {name: np.asarray(value).item() for name, value in values.items()}]
+      for step, values in zip(steps, fetched, strict=True)
+    ],
+    "unevaluated": left,
+  }
+
+
+def restore(interrupted: Mapping, pending: logs.StepMetrics) -> None:
+  """Puts the metrics that `describe` kept back, bit by bit: a float32 is exact as a JSON number."""
+  for step, values in interrupted.get("unlogged", []):
+    kind = lambda value: np.float32 if isinstance(value, float) else np.int32
+    pending.add(step, {name: kind(value)(value) for name, value in values.items()})
+
+
+def unevaluated(interrupted: Mapping, workdir: str, step: int) -> list[str]:
+  """The evaluators that are yet to be run at `step`, the same in all processes.
+
+  Those that an earlier start ran before it was killed are in the log.
+  """
+  names = interrupted.get("unevaluated", [])
+  if not names:
+    return []
+  path = os.path.join(workdir, "metrics.jsonl")
+  records = writers.read_jsonl(path) if jax.process_index() == 0 else []
+  logged = {k.split("/")[0] for r in records if r["step"] == step for k in r}
+  (done,) = next(mesh.each_process([np.float32([name in logged for name in names])]))
+  return [name for name, ran in zip(names, done, strict=True) if not ran]
+
+
+def ended(step: int, steps: int, saves: bool, say: Callable[[str], None]) -> preemption.Preempted:
+  """Tells that a run was stopped; the exception to raise."""
+  kept = "saved; the same command goes on" if saves else "nothing saved: checkpoint.every=0"
+  say(f"stopped at step {step}/{steps} by {preemption.reason()}, {kept}")
+  return preemption.preempted()
+
+
+def make_step(config: ConfigDict, parts, state: TrainState) -> Step:
+  """The compiled step of a trainer's parts, for states of the shapes and places of `state`."""
+  return make_train_step(
+    parts.objective,
+    parts.tx,
+    parts.schedule,
+    ema_decay=config.ema_decay,
+    seed=config.seed,
+    state=state,
+    guard=Guard(**config.guard.to_dict()),
+    accumulate=config.accumulate,
+    encode=functools.partial(encode_batch, parts.codec),
+    frozen=parts.codec.params,
+  )
+
+
+class Training:
+  """`training(state, batch) -> (state, metrics)`, which remembers the state for `inspect`."""
+
+  def __init__(self, config: ConfigDict, parts, state: TrainState, workdir: str):
+    self._config, self._parts, self._workdir = config, parts, workdir
+    self._step, self._newest = make_step(config, parts, state), state
+
+  def __call__(self, state: TrainState, batch) -> tuple[TrainState, dict]:
+    self._newest, values = self._step(state, batch)
+    return self._newest, values
+
+  def inspect(self, number: int) -> str:
+    """Looks into step `number`, which was not finite; see `trainers.diagnosis.inspect`."""
+    parts, seed = self._parts, self._config.seed
+    batches_from = lambda n: train_batches(parts.source, self._config.batch_size, seed, n)
+    return diagnosis.inspect(parts, batches_from, self._newest.params, number, seed, self._workdir)
+
 
 BAD_DATA = "bad_data.txt"
 REPORT_SECONDS = 60.0  # between two reports that no evaluation asks for
@@ -65,7 +152,7 @@ class Loop:
     *,
     pending: logs.StepMetrics,
     mesh,
-    work: metrics.Work = metrics.Work(),  # noqa: B008 (frozen)
+    work: writers.Work = writers.Work(),  # noqa: B008 (frozen)
     wandb_key: str | None = None,
   ) -> dict:
     """Trains to the last step; returns the summary, which it also writes.
@@ -93,11 +180,11 @@ class Loop:
     self._goodput.resume(self.step)
     self._writer = logs.make_writer(self._config, self._workdir, self.step, wandb_key)
     batch_size = self._config.batch_size
-    self._progress = metrics.Progress(steps, self.step, batch_size, work)
-    interruption.restore(self._interrupted, pending)
+    self._progress = writers.Progress(steps, self.step, batch_size, work)
+    restore(self._interrupted, pending)
     self._report, writer = report.Reporter(self._workdir, steps), contextlib.closing(self._writer)
     with self._report, preemption.protect(), self._checkpoints, writer:
-      left = interruption.unevaluated(self._interrupted, self._workdir, self.step)
+      left = unevaluated(self._interrupted, self._workdir, self.step)
       left = self._evaluate(state, left)[0]
       batches = train_batches(source, batch_size, self._config.seed, self.step)
       batches = progress.first_during("reading the first batch", batches, self._say)
@@ -113,7 +200,7 @@ class Loop:
         left, stopping = self._after_step(state)
         if stopping and (self.step < steps or left):
           saves = self._config.checkpoint.every > 0
-          raise interruption.ended(self.step, steps, saves, self._say)
+          raise ended(self.step, steps, saves, self._say)
     return self._finish()
 
   def _after_step(self, state) -> tuple[list[str], bool]:
@@ -132,7 +219,7 @@ class Loop:
       self._writer.flush()
       position = {"position": step * self._config.batch_size}
       if stopping:
-        position["interrupted"] = interruption.describe(self._pending, left)
+        position["interrupted"] = describe(self._pending, left)
       with self._goodput.save(step):
         self._checkpoints.save(state, step, position, values)
     if (due or saving) and not last:
@@ -153,7 +240,7 @@ class Loop:
       except preemption.EvaluationStopped:
         return list(names[i:]), numbers
       self._writer.write(self.step, values)
-      numbers |= metrics.numbers(values)
+      numbers |= writers.numbers(values)
       seconds = time.perf_counter() - began
       shown = logs.shown(self._config.summary, values, f"{name}/")
       self._say(f"{label} ({seconds:.0f} s)  {shown}")

@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from trainers import logs, runs, validate
-from umd import lock, preemption, progress, report
-from umd import workdir as folder
+from trainers import logs
+from trainers.config import check
+from umd import report
+from umd.runs import lock, preemption, progress
+from umd.runs import workdir as folder
+from umd.trained import saved
 
 
 def stages(config: ConfigDict, workdir: str) -> list[tuple[str, ConfigDict, str]]:
@@ -38,7 +41,7 @@ def run(
   switches it on. `default`, the config as its file has it, is kept for the reports to compare with.
   Until the end no other run of these stages may start in the workdir.
   """
-  for remark in validate.validate(config, workdir):
+  for remark in check.validate(config, workdir):
     logs.printer("config")(remark)
   plan = stages(config, workdir)
   folder.check_writable(workdir)
@@ -72,7 +75,7 @@ def build(plan: list[tuple[str, ConfigDict, str]], workdir: str) -> list[Built]:
   """
   cache, ready, to_come = cache_folder(workdir), [], set()
   for name, stage, stage_dir in plan:
-    summary, init_from = folder.finished(stage_dir), runs.locate(stage.init_from, workdir)
+    summary, init_from = folder.finished(stage_dir), saved.locate(stage.init_from, workdir)
     # What an earlier stage is yet to make cannot be looked at; nor need what is done be there.
     known = "" if summary or init_from in to_come else init_from
     with progress.during("opening data, building model and evaluators", logs.printer(name)):

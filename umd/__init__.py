@@ -6,7 +6,7 @@ __all__ = ["load"]
 def __getattr__(name: str):
   # When it is first asked for: `import umd` alone imports nothing.
   if name == "load":
-    from umd.pretrained import load
+    from umd.trained.model import load
 
     return load
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

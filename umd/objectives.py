@@ -16,26 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from umd.masking import mask_from_noise, patchify
+from umd.devices.placement import take_rows
+from umd.masks import mask_from_noise, patchify
 from umd.models.autoencoder import AutoEncoder, Input
 from umd.paths import Path
-from umd.rows import take_rows
-
-# Which tokens a term scores, from the mask [B, N] (1 = dropped from the encoder's input).
-WHERE: Mapping[str, Callable] = {
-  "all": jnp.ones_like,
-  "visible": lambda masked: 1.0 - masked,
-  "masked": lambda masked: masked,
-}
-
-# How a stream draws its timesteps in 0..T from uniform noise u in [0, 1).
-TIMESTEPS: Mapping[str, Callable] = {
-  "clean": lambda u, timesteps: jnp.zeros_like(u, jnp.int32),
-  "uniform": lambda u, timesteps: 1 + jnp.floor(u * timesteps).astype(jnp.int32),
-}
-
-# A share of rows may be off by this much of the batch, so that the pattern of rows can be short.
-SHARE_TOLERANCE = 1 / 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +56,46 @@ class Stream:
   timesteps: str = "uniform"
   mask_ratio: float = 0.0
   labels: bool = True
+
+
+def make_streams(config: Mapping) -> tuple[Stream, ...]:
+  """A config's `streams` as dataclasses."""
+  streams = []
+  for name, settings in config.items():
+    settings = dict(settings)
+    terms = {k: Term(**dict(term)) for k, term in dict(settings.pop("terms")).items()}
+    rows = tuple(settings.pop("rows"))
+    streams.append(Stream(name, terms, rows, **settings))
+  return tuple(streams)
+
+
+def describe(params, streams, batch_size: int) -> str:
+  """One line per run: parameters, and the rows that each stream really gets."""
+  size = period(streams, batch_size)
+  shares = []
+  for s in streams:
+    start, stop = stream_rows(s, size)
+    rows = (stop - start) * batch_size // size
+    shares.append(f"{s.name} {rows}/{batch_size} rows, mask {s.mask_ratio:g}, {s.timesteps}")
+  count = sum(x.size for x in jax.tree.leaves(params))
+  return f"{count / 1e6:.2f}M parameters; streams: {'; '.join(shares)}"
+
+
+# Which tokens a term scores, from the mask [B, N] (1 = dropped from the encoder's input).
+WHERE: Mapping[str, Callable] = {
+  "all": jnp.ones_like,
+  "visible": lambda masked: 1.0 - masked,
+  "masked": lambda masked: masked,
+}
+
+# How a stream draws its timesteps in 0..T from uniform noise u in [0, 1).
+TIMESTEPS: Mapping[str, Callable] = {
+  "clean": lambda u, timesteps: jnp.zeros_like(u, jnp.int32),
+  "uniform": lambda u, timesteps: 1 + jnp.floor(u * timesteps).astype(jnp.int32),
+}
+
+# A share of rows may be off by this much of the batch, so that the pattern of rows can be short.
+SHARE_TOLERANCE = 1 / 64
 
 
 def period(streams: Sequence[Stream], batch_size: int) -> int:
@@ -154,7 +178,7 @@ class Draw(NamedTuple):
     labels: [B] those shown, or None.
     t: timesteps [B].
     eps: noise [B, H, W, C].
-    mask_noise: [B, N]; see `umd.masking.mask_from_noise`.
+    mask_noise: [B, N]; see `umd.masks.mask_from_noise`.
   """
 
   x0: Array

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from umd.data import splits
+from umd.data import records
 from umd.data.records import Records
 
 NPZ_KEYS = ("images", "labels", "arr_0", "arr_1")
@@ -156,4 +156,4 @@ def _select(split: str, members: Mapping[str, np.ndarray], what: str) -> np.ndar
   """Ids of a split; `members` says of each known one which examples are in it."""
   ids = {name: np.nonzero(of)[0] for name, of in members.items()}
   sizes = {name: len(of) for name, of in ids.items()}
-  return np.concatenate([ids[name][i] for name, i in splits.select(split, sizes, what)])
+  return np.concatenate([ids[name][i] for name, i in records.select(split, sizes, what)])

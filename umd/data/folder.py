@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from umd.data import splits
+from umd.data import records
 from umd.data.host import tensorflow
 from umd.data.records import Records
 
@@ -63,7 +63,7 @@ def folder(root: str, split: str) -> Files:
   top = Path(root).expanduser()
   if not top.is_dir():
     raise FileNotFoundError(f"{what}: there is no such folder.")
-  places = {name: _place(top, name, what) for name in splits.names(split, what)}
+  places = {name: _place(top, name, what) for name in records.names(split, what)}
   files = {name: _images(place, what) for name, place in places.items()}
   flat = [name for name, found in files.items() if len(found[0].parts) == 1]
   if 0 < len(flat) < len(files):
@@ -72,7 +72,7 @@ def folder(root: str, split: str) -> Files:
   number = {c: i for i, c in enumerate(classes)}
   paths, labels = [], []
   sizes = {name: len(found) for name, found in files.items()}
-  for name, ids in splits.select(split, sizes, what):
+  for name, ids in records.select(split, sizes, what):
     chosen = [files[name][i] for i in ids]
     paths += [str(places[name] / file) for file in chosen]
     labels += [number[file.parts[0]] if classes else 0 for file in chosen]

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 
-from umd.data import splits
+from umd.data import records
 from umd.data.host import tensorflow
 from umd.data.tfds import ArrayRecords
 
@@ -92,7 +92,7 @@ def latents(folder: str, split: str) -> LatentRecords:
   """
   what, path = f"data 'latents:{folder}'", os.path.expanduser(folder)
   metadata = _metadata(path, what)
-  names = list(dict.fromkeys(splits.names(split, what)))
+  names = list(dict.fromkeys(records.names(split, what)))
   for name in names:
     if name not in metadata["splits"]:
       raise ValueError(_missing(path, what, name, metadata))

@@ -5,8 +5,7 @@ import difflib
 import inspect
 
 from umd.data.host import tensorflow
-from umd.data.ops import OPS, Context, Example, Op
-from umd.data.view_ops import FOR_LATENTS
+from umd.data.ops import FOR_LATENTS, OPS, Context, Example, Op
 
 EXAMPLE = "decode|resize_small(64)|central_crop(64)|value_range(-1, 1)"
 OPS_AT_MOST = 1024  # Of one string: each has its own random numbers.

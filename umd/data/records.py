@@ -5,14 +5,15 @@ that cannot give a stream of rows (`stream`). `parse` then makes {image, label} 
 the graph, many at a time.
 """
 
-from collections.abc import Sequence
+import re
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from umd.data.host import in_graph, tensorflow
-
-FETCH = 256  # Rows fetched together where there are no batches yet.
+from umd.data.host import first_line, guarded, in_graph, tensorflow
+from umd.runs.progress import during, say
 
 
 class Records:
@@ -69,6 +70,126 @@ class Records:
   def describe(self, index: int) -> str:
     """What to call one record in a message."""
     return f"record {index} of data {self.name!r}"
+
+
+class Cached(Records):
+  """All of another kind's records, undecoded, in this host's memory: read at first use."""
+
+  def __init__(self, records: Records):
+    super().__init__(
+      records.name, records.dtype, records.shape, records.num_classes, records.class_names
+    )
+    self._records, self._loaded = records, None
+
+  def __len__(self):
+    return len(self._records)
+
+  @property
+  def labels(self):
+    return self._load()[1]
+
+  def fetch(self, ids):
+    _, labels, places = self._load()
+    return {"place": places[ids], "label": labels[ids]}
+
+  def parse(self, row):
+    return {"image": tensorflow().gather(self._load()[0], row["place"]), "label": row["label"]}
+
+  def fingerprint(self):
+    return self._records.fingerprint()
+
+  def describe(self, index):
+    return self._records.describe(index)
+
+  def _load(self):
+    """(images [n] in the order they came, labels [n], places [n] of the records among these)."""
+    if self._loaded is None:
+      with tensorflow().init_scope():  # Eagerly, even if a graph is what asks first.
+        start = time.time()
+        with during(f"[data] {self.name}: reading {len(self)} records into memory"):
+          self._loaded = self._read()
+        size, seconds = _nbytes(self._loaded[0]) / 1e9, time.time() - start
+        say(
+          f"[data] {self.name}: {len(self)} records, {size:.3g} GB, read into memory in "
+          f"{seconds:.1f} s"
+        )
+    return self._loaded
+
+  def _read(self):
+    errors, parse = tensorflow().errors, self._records.parse
+    try:
+      found = self._all(parse)
+    except errors.OpError as error:
+      if self.dtype != "string":
+        raise ValueError(f"data {self.name!r} is not readable: {first_line(error)}") from None
+      found = self._all_that_opens(parse)
+    places = np.argsort(found["index"].numpy())
+    return found["image"], found["label"].numpy().astype(np.int32)[places], places
+
+  def _all_that_opens(self, parse):
+    """Like `_all`; what cannot be opened has no bytes, which are unreadable when they are used."""
+    try:
+      return self._all(guarded(parse, {"image": ((), "string"), "label": ((), "int32")}))
+    except tensorflow().errors.OpError as error:
+      raise ValueError(f"data {self.name!r} is not readable: {first_line(error)}") from None
+
+  def _all(self, parse):
+    """{image, label, index} of all records, each a tensor [n]."""
+    tf = tensorflow()
+    example = lambda row: {**parse(row), "index": row["index"]}
+    dataset = rows(self._records, 0, len(self))
+    dataset = dataset.map(in_graph(example), num_parallel_calls=tf.data.AUTOTUNE)
+    # One tensor, made by TensorFlow: strings are moved into it, not copied.
+    return dataset.batch(len(self)).get_single_element()
+
+
+def _nbytes(images) -> int:
+  tf = tensorflow()
+  if images.dtype != tf.string:
+    return images.dtype.size * int(tf.size(images))
+  return int(tf.reduce_sum(tf.cast(tf.strings.length(images), tf.int64)))
+
+
+PART = re.compile(r"^(?P<name>[^\[\]]+)(\[(?P<low>-?\d+%?)?:(?P<high>-?\d+%?)?\])?$")
+
+
+def names(split: str, what: str) -> list[str]:
+  """The splits that "a[:1%]+b" names; ValueError if it is written wrongly."""
+  return [_match(part, what)["name"] for part in split.split("+")]
+
+
+def select(split: str, sizes: Mapping[str, int], what: str) -> list[tuple[str, np.ndarray]]:
+  """[(name, ids)]: what `split` asks for, of splits of these sizes; `what` is for messages."""
+  return [_ids(_match(part, what), sizes, what) for part in split.split("+")]
+
+
+def _match(part: str, what: str) -> re.Match:
+  match = PART.match(part.strip())
+  if not match:
+    raise ValueError(f"{what}: split {part!r} is not written as NAME, NAME[:90%] or NAME[10:20].")
+  return match
+
+
+def _ids(match, sizes, what):
+  name = match["name"]
+  if name not in sizes:
+    known = ", ".join(f"{k} ({v} images)" for k, v in sizes.items())
+    raise ValueError(f"{what} has no split {name!r}; it has {known}.")
+  n = sizes[name]
+  low, high = (_bound(match[key], n, default) for key, default in (("low", 0), ("high", n)))
+  if not 0 <= low < high <= n:
+    raise ValueError(f"{what}: {match[0]} holds no images: {name} has {n}.")
+  return name, np.arange(low, high)
+
+
+def _bound(text: str | None, n: int, default: int) -> int:
+  if text is None:
+    return default
+  value = round(n * int(text[:-1]) / 100) if text.endswith("%") else int(text)
+  return value + n if text.startswith("-") else value
+
+
+FETCH = 256  # Rows fetched together where there are no batches yet.
 
 
 def rows(records: Records, low: int, high: int):

@@ -6,13 +6,12 @@ import os
 import numpy as np
 
 from umd.data.arrays import Arrays, digits, npz
-from umd.data.cached import Cached
 from umd.data.folder import folder
 from umd.data.latents import latents
 from umd.data.preprocess import Preprocess
-from umd.data.records import Records
+from umd.data.records import Cached, Records
 from umd.data.tfds import tfds
-from umd.progress import Clock, during, say
+from umd.runs.progress import Clock, during, say
 
 
 class Source:
@@ -113,7 +112,7 @@ def load(
     cache: keep the undecoded records in memory.
     shuffle_buffer: records to shuffle among, where the storage cannot be read at random.
     max_bad: how many images may be unreadable: a number, a share if it is below 1, or -1 for .001
-      of a folder and none of other data. They are skipped and reported, see `umd.data.bad`.
+      of a folder and none of other data. They are skipped and reported, see `umd.data.pipeline`.
 
   Raises:
     ValueError, FileNotFoundError: no such data, split or op; the message lists the known ones.

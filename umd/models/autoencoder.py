@@ -14,12 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from umd.masking import Mask, gather, num_kept, patchify, scatter
-from umd.models.attention import IMPLEMENTATIONS
-from umd.models.blocks import CONDITIONS, REMAT, Stack, modulate
-from umd.models.embeddings import LabelEmbedding, TimeEmbedding
-from umd.placement import by_batch
-from umd.rows import join_rows, part_rows
+from umd.devices.placement import by_batch, join_rows, part_rows
+from umd.masks import Mask, gather, num_kept, patchify, scatter
+from umd.models.layers.attention import IMPLEMENTATIONS
+from umd.models.layers.blocks import CONDITIONS, REMAT, Stack, modulate
+from umd.models.layers.embeddings import LabelEmbedding, TimeEmbedding
 
 # name: width, encoder depth, decoder depth, attention heads. S, B, L are the paper's.
 SIZES = {
@@ -210,7 +209,7 @@ class AutoEncoder(nn.Module):
 
     Args:
       inputs: the parts.
-      groups: of rows that belong together, see `umd.rows.join_rows`.
+      groups: of rows that belong together, see `umd.devices.placement.join_rows`.
 
     Returns {head: [B, N, P * P * C]}, float32, for each of them.
     """

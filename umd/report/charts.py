@@ -5,9 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from umd.report import series
-from umd.report.read import Run
-from umd.report.series import Series
+from umd.report import read
+from umd.report.read import Run, Series
 
 TOGETHER = 12  # Lines of one chart, where there is a choice.
 LOSS, EVALUATION, TRAINING, TIME = "loss", "evaluation", "training", "time"
@@ -122,7 +121,7 @@ def rounded(values: np.ndarray) -> list[float | None]:
 
 def _line(line: Line, shares: bool) -> dict:
   # What is stacked must have the same steps.
-  kept = series.means(line.data) if shares else series.thin(line.data)
+  kept = read.means(line.data) if shares else read.thin(line.data)
   lost = line.data.steps[~np.isfinite(line.data.values)]
   found = {
     "name": line.name,
@@ -133,7 +132,7 @@ def _line(line: Line, shares: bool) -> dict:
     "points": len(line.data.steps),
   }
   if len(kept.steps) < len(line.data.steps) and not shares:
-    typical = series.means(line.data)
+    typical = read.means(line.data)
     found |= {"mean_x": typical.steps.tolist(), "mean_y": rounded(typical.values)}
   if len(lost):
     found |= {"not_finite": {"count": len(lost), "steps": lost[:5].tolist()}}
@@ -148,6 +147,6 @@ def as_json(chart: Chart) -> dict:
     "section": chart.section,
     "title": chart.title,
     "lines": [_line(line, chart.shares) for line in chart.lines],
-    "checkpoints": list(map(int, series.spread(list(chart.checkpoints), 100))),
+    "checkpoints": list(map(int, read.spread(list(chart.checkpoints), 100))),
     "shares": chart.shares,
   }

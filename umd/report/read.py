@@ -1,16 +1,196 @@
 """What a workdir holds, as far as it can be read: a report of a broken run is wanted most."""
 
+import base64
 import dataclasses
 import datetime
 import fnmatch
+import io
 import os
-from collections.abc import MutableMapping
+import re
+import struct
+from collections.abc import Mapping, MutableMapping
+from typing import NamedTuple
 
-from umd import lock, metrics
-from umd import workdir as folder
-from umd.report import pictures, series
-from umd.report.pictures import Picture
-from umd.report.series import Series
+import numpy as np
+
+from umd.runs import lock, writers
+from umd.runs import workdir as folder
+
+NAME = re.compile(r"(?P<name>.+)_(?P<step>\d{8,})\.png")
+FRAMES = (12, 8, 5, 3, 2, 1)  # Steps of a kind of picture; fewer where they are too large.
+BYTES = 6_000_000  # of all pictures of a page, about
+AS_IS = 250_000  # Bytes; larger files are compressed with loss,
+SIDE = 1200  # and shrunk to so many pixels.
+SIGNATURE, END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+
+
+class Picture(NamedTuple):
+  """A picture in a page: width and height in pixels, and its contents as an address "data:..."."""
+
+  width: int
+  height: int
+  address: str
+
+
+def encode(contents: bytes) -> Picture:
+  """A PNG file for a page; a large one is shrunk.
+
+  Raises:
+    ValueError: it is no PNG file, or not whole.
+  """
+  if not contents.startswith(SIGNATURE) or not contents.endswith(END):
+    raise ValueError("it is no PNG file, or not whole")
+  width, height = struct.unpack(">II", contents[16:24])
+  kind = "png"
+  if len(contents) > AS_IS:
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(contents)).convert("RGB")
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    out, kind = io.BytesIO(), "webp"
+    image.save(out, "webp", quality=85)
+    contents, (width, height) = out.getvalue(), image.size
+  return Picture(width, height, f"data:image/{kind};base64,{base64.b64encode(contents).decode()}")
+
+
+def find(workdir: str) -> dict[str, dict[int, str]]:
+  """{name: {step: path}} of what is in images/."""
+  found, to_look = {}, [""]
+  while to_look:
+    inside = to_look.pop()
+    for entry in folder.names(folder.join(workdir, "images", inside)):
+      path = f"{inside}{entry}"
+      if match := NAME.fullmatch(path):
+        of_name = found.setdefault(match["name"], {})
+        of_name[int(match["step"])] = folder.join(workdir, "images", path)
+      elif "." not in entry:
+        to_look.append(f"{path}/")
+  return {name: dict(sorted(found[name].items())) for name in sorted(found)}
+
+
+def load(
+  paths: Mapping[str, Mapping[int, str]], known: MutableMapping[str, Picture], problems: list[str]
+) -> dict[str, dict[int, Picture]]:
+  """{name: {step: picture}}, spread over the steps, as many as fit into a page.
+
+  Args:
+    paths: {name: {step: path}}.
+    known: pictures read before, by their paths; new ones are added.
+    problems: what cannot be read is added.
+  """
+  broken = set()
+
+  def picture(path):
+    if path not in known and path not in broken:
+      try:
+        known[path] = encode(folder.read_bytes(path) or b"")
+      except Exception as error:  # Whatever the file or the decoder comes up with.
+        broken.add(path)
+        problems.append(f"{path}: {error}")
+    return known.get(path)
+
+  for most in FRAMES:
+    chosen = {
+      name: {step: picture(steps[step]) for step in spread(list(steps), most)}
+      for name, steps in paths.items()
+    }
+    total = sum(len(p.address) for steps in chosen.values() for p in steps.values() if p)
+    if total <= BYTES:
+      break
+  return {name: {s: p for s, p in steps.items() if p} for name, steps in chosen.items()}
+
+
+POINTS = 2000  # A line has so many at most: more than a screen has pixels for.
+
+# What is better: the last that fits any part of a name "a/b/c" counts. Others have no direction.
+DIRECTIONS = (
+  (min, ("loss*", "*mse*", "*frechet*", "fid_*", "sfid_*", "kid_*", "*error*")),
+  (max, ("*accuracy*", "agreement", "top[15]", "*shot*", "*knn*", "is_*", "score*", "select")),
+  (max, ("precision*", "recall*", "images_per_second", "teraflops_per_second", "mfu")),
+  (None, ("*_std", "*_std_*", "lr", "*_floor", "*_ceiling", "*_test")),
+)
+
+
+class Series(NamedTuple):
+  """A metric: steps int64 [n], ascending, and values float64 [n], which need not be finite."""
+
+  steps: np.ndarray
+  values: np.ndarray
+
+
+def make(points: dict[int, float]) -> Series:
+  """From {step: value}."""
+  steps = sorted(points)
+  return Series(np.array(steps, np.int64), np.array([points[s] for s in steps], np.float64))
+
+
+def thin(series: Series, most: int = POINTS) -> Series:
+  """At most about `most` points, among them the first, the last and the extremes of every stretch.
+
+  Of a stretch with values that are not finite one of these stays, too: the line keeps its gap.
+  """
+  n = len(series.steps)
+  if n <= most:
+    return series
+  kept = {0, n - 1}
+  for stretch in np.array_split(np.arange(n), max(1, most // 2)):
+    values = series.values[stretch]
+    finite = np.isfinite(values)
+    if finite.any():
+      inside = stretch[finite]
+      kept |= {int(inside[values[finite].argmin()]), int(inside[values[finite].argmax()])}
+    if not finite.all():
+      kept.add(int(stretch[~finite][0]))
+  chosen = np.array(sorted(kept))
+  return Series(series.steps[chosen], series.values[chosen])
+
+
+def means(series: Series, most: int = POINTS // 4) -> Series:
+  """Means over stretches of steps, which is what may be smoothed: extremes are not typical."""
+  finite = np.isfinite(series.values)
+  steps, values = series.steps[finite], series.values[finite]
+  if len(steps) <= most:
+    return Series(steps, values)
+  stretches = np.array_split(np.arange(len(steps)), most)
+  return Series(
+    np.array([steps[s][-1] for s in stretches]), np.array([values[s].mean() for s in stretches])
+  )
+
+
+def direction(name: str, chosen: str = ""):
+  """Which values of a metric are better: `min`, `max`, or None where that cannot be said.
+
+  Args:
+    name: of the metric.
+    chosen: "min:NAME" or "max:NAME", which says it for that metric (`checkpoint.best`).
+  """
+  mode, _, metric = chosen.partition(":")
+  if metric == name and mode in ("min", "max"):
+    return {"min": min, "max": max}[mode]
+  found = None
+  for function, patterns in DIRECTIONS:
+    if any(fnmatch.fnmatchcase(part, p) for part in name.split("/") for p in patterns):
+      found = function
+  return found
+
+
+def best_step(series: Series, better) -> int | None:
+  """The first step with the best value; None where there is no choice or no direction."""
+  finite = np.isfinite(series.values)
+  values = series.values[finite]
+  if better is None or len(values) < 2 or values.min() == values.max():
+    return None
+  index = values.argmin() if better is min else values.argmax()
+  return int(series.steps[finite][index])
+
+
+def spread(items: list, most: int) -> list:
+  """At most `most` of the items, evenly, the first and the last among them."""
+  if len(items) <= most:
+    return list(items)
+  chosen = np.unique(np.round(np.linspace(0, len(items) - 1, most)).astype(int))
+  return [items[i] for i in chosen]
+
 
 STAGES, DEFAULTS = "stages.json", "default_config.json"
 RUNNING, FINISHED, INTERRUPTED, FAILED = "running", "finished", "interrupted", "failed"
@@ -36,7 +216,7 @@ class Run:
     headline: names of the metrics that the config's `summary` asks for, in its order.
     pictures: {name: {step: picture}}.
     checkpoints: steps.
-    seconds: {what for: wall time}, of `umd.goodput`.
+    seconds: {what for: wall time}, of `umd.runs.goodput`.
     changes: [{time, key, old, new}] of the config between starts.
     bad_data: {file: lines}.
     problems: what could not be read.
@@ -53,7 +233,7 @@ class Run:
   config: dict
   default: dict | None
   environment: dict
-  metrics: dict[str, Series]
+  writers: dict[str, Series]
   words: dict[str, dict[int, str]]
   headline: list[str]
   pictures: dict[str, dict[int, Picture]]
@@ -97,7 +277,7 @@ class _Reader:
     return {}
 
   def jsonl(self, name: str) -> list[dict]:
-    return [r for r in self.attempt(metrics.read_jsonl, name, []) if isinstance(r, dict)]
+    return [r for r in self.attempt(writers.read_jsonl, name, []) if isinstance(r, dict)]
 
   def names(self, name: str) -> list[str]:
     return self.attempt(folder.names, name, [])
@@ -114,7 +294,7 @@ def split(records: list[dict]) -> tuple[dict[str, Series], dict[str, dict[int, s
       kind = numbers if isinstance(value, (int, float)) else words
       if kind is numbers or isinstance(value, str):
         kind.setdefault(name, {})[step] = value
-  return {name: series.make(points) for name, points in numbers.items()}, words
+  return {name: make(points) for name, points in numbers.items()}, words
 
 
 def stages(workdir: str) -> list[str]:
@@ -193,8 +373,8 @@ def read(
   reader, top = _Reader(workdir), os.path.split(whole(workdir))
   config, summary = reader.json("config.json"), reader.json("summary.json")
   numbers, words = split(reader.jsonl("metrics.jsonl"))
-  paths = reader.attempt(lambda _: pictures.find(workdir), "images", {})
-  loaded = pictures.load(paths, {} if known is None else known, reader.problems)
+  paths = reader.attempt(lambda _: find(workdir), "images", {})
+  loaded = load(paths, {} if known is None else known, reader.problems)
   newest = max((int(s.steps[-1]) for s in numbers.values()), default=0)
   ended, planned = (
     x if type(x) is int else None for x in (summary.get("step"), config.get("steps"))

@@ -7,9 +7,9 @@ import warnings
 
 import jax
 
-from umd import preemption
-from umd import workdir as folder
 from umd.report import page, read
+from umd.runs import preemption
+from umd.runs import workdir as folder
 
 FILE = "report.html"
 

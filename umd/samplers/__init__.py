@@ -15,7 +15,7 @@ images = walk(ddim(denoise, path), x, keys, steps)
 
 from collections.abc import Callable, Mapping
 
-from umd.samplers.core import (
+from umd.samplers.sampler import (
   Denoiser,
   Images,
   Sampler,
@@ -26,9 +26,8 @@ from umd.samplers.core import (
   trace,
   walk,
 )
-from umd.samplers.multistep import ab2, dpmpp_2m
-from umd.samplers.schedule import SPACINGS, step_schedule
-from umd.samplers.single_step import ddim, ddpm, heun
+from umd.samplers.solvers import ab2, ddim, ddpm, dpmpp_2m, heun
+from umd.samplers.timesteps import SPACINGS, step_schedule
 
 # `(denoise, path, **options) -> Sampler`.
 SAMPLERS: Mapping[str, Callable[..., Sampler]] = {

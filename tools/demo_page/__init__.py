@@ -1,1 +1,0 @@
-"""What tools/demo.py serves: `canvas`, `images` and `session` do the work, `page` is the layout."""
