@@ -1,4 +1,4 @@
-"""The plan of the house: who may import whom, how large a folder gets, how much one reads for a step.
+"""The plan of the house: who may import whom, how large folders get, how much one reads for a step.
 
 `docs/architecture.md` explains the plan in words.
 """
@@ -21,7 +21,7 @@ FILES = sorted(
 )
 IDS = [str(file) for file in FILES]
 
-# Each room, and the rooms that its files may import beside their own. A dotted name stands for a file
+# Each room, and the rooms that its files may import beside their own. A dotted name is that of a file
 # or a folder with all below it; a module belongs to the longest name that fits.
 ROOMS = {
   # The cellar: machines and files, no science.
@@ -119,7 +119,9 @@ def violations(module, imports):
       allowed = any(covers(other, name) for other in ROOMS[room])
       if room_of(name) != room and not allowed:
         bad.add(name)
-    elif (top in RESERVED and module.split(".")[0] not in RESERVED[top]) or (room == "configs" and top not in {"ml_collections", *sys.stdlib_module_names}):
+    elif (top in RESERVED and module.split(".")[0] not in RESERVED[top]) or (
+      room == "configs" and top not in {"ml_collections", *sys.stdlib_module_names}
+    ):
       bad.add(name)
   return bad
 
@@ -129,7 +131,18 @@ def test_every_file_is_in_a_room():
   assert [module for module in MODULES if room_of(module) is None] == []
 
 
-PENDING = ["umd/devices/flops.py", "umd/metrics/classifier.py", "umd/objectives.py", "umd/runs/checkpoint.py", "umd/runs/integrity.py", "umd/runs/lock.py", "umd/runs/workdir.py", "umd/runs/writers.py", "umd/serve/demo.py", "umd/trained/saved.py"]
+PENDING = [
+  "umd/devices/flops.py",
+  "umd/metrics/classifier.py",
+  "umd/objectives.py",
+  "umd/runs/checkpoint.py",
+  "umd/runs/integrity.py",
+  "umd/runs/lock.py",
+  "umd/runs/workdir.py",
+  "umd/runs/writers.py",
+  "umd/serve/demo.py",
+  "umd/trained/saved.py",
+]
 
 
 @pytest.mark.parametrize(
