@@ -14,6 +14,7 @@ What was just written is read from memory where the system keeps it there, not f
 """
 
 import argparse
+import functools
 import os
 import statistics
 import tempfile
@@ -28,6 +29,7 @@ from configs import ae_i1k
 from tools.command_line import positive, run
 from trainers import diffusion, optim
 from umd.devices.mesh import make_mesh
+from umd.models.network import init_params
 from umd.runs.checkpoint import FOLDER, Checkpoints
 from umd.runs.integrity import find_newest
 from umd.state import TrainState, init_state
@@ -42,7 +44,7 @@ def make_state(variant: str, size: int) -> TrainState:
   settings = config.optim.to_dict()
   schedule = optim.make_schedule(settings.pop("lr"), 1000, settings.pop("warmup"))
   tx = optim.make_optimizer(schedule, **settings)
-  init = diffusion.init_params(model)
+  init = functools.partial(init_params, model)
   state = init_state(init, tx, jax.random.key(0), make_mesh())
   rng = np.random.default_rng(0)
 

@@ -20,12 +20,12 @@ import optax
 
 from benchmarks.records import append
 from configs import ae_i1k
-from umd import objectives
+from umd import models, objectives
 from umd.codecs.codec import Latents, encode_batch
 from umd.codecs.vae import Architecture, KLAutoEncoder
 from umd.codecs.vae_files import Weights
 from umd.devices.mesh import make_mesh, put_batch
-from umd.models.autoencoder import AutoEncoder
+from umd.models import network
 from umd.objectives import Objective
 from umd.paths import make_path
 from umd.state import init_state, make_train_step
@@ -50,11 +50,10 @@ def make_steps(args: argparse.Namespace, mesh) -> dict:
   config = ae_i1k.get_config(f"{arguments},latent_diffusion=True,dtype={args.dtype}").pretrain
   image_size = (args.size, args.size, 3)
   seen = codec.model_size(image_size)
-  model = AutoEncoder(image_size=seen, **saved.as_it_runs(config.model.to_dict()))
-  streams, path = objectives.make_streams(config.streams), make_path(**config.path.to_dict())
+  model = models.make(image_size=seen, **saved.as_it_runs(config.model.to_dict()))
+  streams, path = objectives.make_streams(config.streams.to_dict()), make_path(**config.path.to_dict())
   loss, tx = Objective(model, path, streams, args.batch_size), optax.adamw(1e-4)
-  blank = jnp.zeros((1, *seen)), jnp.zeros(1, jnp.int32)
-  init = lambda key: model.init(key, *blank)["params"]
+  init = functools.partial(network.init_params, model)
   fresh = lambda: init_state(init, tx, jax.random.key(0), mesh)
   step = make_train_step(
     loss,

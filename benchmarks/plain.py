@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from umd.masks import gather, patchify
-from umd.models.autoencoder import AutoEncoder, Condition, Input
+from umd.models.autoencoder import AutoEncoder, Condition
+from umd.models.network import Input
 
 
 def _norm(p, x):
@@ -69,7 +70,7 @@ class Plain(AutoEncoder):
 
   def plainly_encode(self, images: Float[Array, "b h w c"], cond: Float[Array, "b d"], mask):
     """See `AutoEncoder.encode`."""
-    x = self.embed(patchify(images, self.shape.patch))
+    x = self.embed(patchify(images, self.patch))
     x = x + self.pos_embed.astype(x.dtype)
     x = x if mask is None else gather(x, mask.keep)
     cls = jnp.broadcast_to(self.cls.astype(x.dtype), (x.shape[0], *self.cls.shape))
@@ -92,7 +93,9 @@ class Plain(AutoEncoder):
       return super().predict(inputs, groups)
     out = []
     for part in inputs:
-      cond = self.embed_condition(part.t, part.labels)
-      filled = self.fill(*self.plainly_encode(part.images, cond.blocks, part.mask), part.mask)
-      out.append(self.by_head(self.plainly_decode(filled, cond)))
+      null = jnp.full(len(part.t), self.num_classes, jnp.int32)
+      cond = self.embed_condition(part.t, null if part.labels is None else part.labels)
+      encoded = self.plainly_encode(part.images, cond.blocks, part.mask)
+      filled = self.decoder_input(*encoded, part.mask)
+      out.append(self.images_by_head(self.plainly_decode(filled, cond)))
     return out

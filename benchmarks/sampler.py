@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from benchmarks.records import append
 from tools.command_line import positive, run
 from umd import samplers
-from umd.masks import unpatchify
+from umd.models import network
 from umd.models.autoencoder import AutoEncoder
 from umd.paths import make_path
 from umd.samplers import SAMPLERS, evaluations
@@ -36,8 +36,7 @@ def plain(inference: Inference, settings: dict) -> Callable:
   make, scale = SAMPLERS[settings["sampler"]], settings["cfg_scale"]
 
   def predict(params, x, t, labels):
-    found = model.apply({"params": params}, x, jnp.full(len(x), t, jnp.int32), labels)["eps"]
-    return unpatchify(found, model.shape.patch, x.shape[1:3])
+    return network.predict(model, params, x, jnp.full(len(x), t, jnp.int32), labels)["eps"]
 
   @jax.jit
   def step(params, state, keys, labels, t, s):
@@ -66,8 +65,7 @@ def speed(args: argparse.Namespace) -> list[dict]:
   size = (args.size, args.size, 3)
   model = AutoEncoder(args.variant, size, CLASSES, scan=True)
   inference = Inference(model, make_path("cosine", TIMESTEPS))
-  blank = jnp.zeros((1, *size)), jnp.zeros(1, jnp.int32)
-  params = jax.jit(lambda key: inference.model.init(key, *blank)["params"])(jax.random.key(0))
+  params = jax.jit(functools.partial(network.init_params, model))(jax.random.key(0))
   given = params, example_keys(0, jnp.arange(args.batch_size)), jnp.arange(args.batch_size)
   rows, ways, seconds = {}, {}, {}
   for scale in args.cfg_scale:

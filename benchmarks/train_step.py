@@ -28,9 +28,10 @@ from configs import common
 from tools.command_line import positive, run
 from trainers import diffusion, optim
 from umd import objectives
-from umd.devices import chips, flops
+from umd.devices import chips
 from umd.devices.mesh import make_mesh, put_batch, replicate
 from umd.models.autoencoder import AutoEncoder
+from umd.models.network import param_shapes
 from umd.objectives import Objective
 from umd.paths import make_path
 from umd.state import Step, TrainState, init_guard, make_train_step
@@ -77,8 +78,7 @@ class Candidate(NamedTuple):
 
 def random_state(model: AutoEncoder, tx) -> TrainState:
   """A state with weights from NumPy, the same for every variant: compiling `init` takes longer."""
-  blank = jnp.zeros((1, *model.image_size)), jnp.zeros(1, jnp.int32)
-  shapes = jax.eval_shape(model.init, jax.random.key(0), *blank)["params"]
+  shapes = param_shapes(model)
   rng = np.random.default_rng(0)
   draw = lambda path, x: 0.02 * rng.standard_normal(x.shape) + (path[-1].key == "scale")
   draw32 = lambda path, x: draw(path, x).astype(np.float32)
@@ -98,6 +98,7 @@ def parts(case: str, method: str, dtype: str, variant: str) -> tuple[Step, Train
   size = (side, side, 3)
   options = {"condition": "token" if method == "mae" else "adaln", **options}
   left = {key: options.pop(key) for key in ("scan", "remat") if key in options}
+  left["name"] = "autoencoder"
   streams = objectives.make_streams(common.streams(**common.METHODS[method]))
   mesh, path = make_mesh(), make_path("cosine", 1000)
 
@@ -113,7 +114,7 @@ def parts(case: str, method: str, dtype: str, variant: str) -> tuple[Step, Train
   step = make_train_step(objective, tx, schedule, ema_decay=0.9999, seed=0, state=state)
   images = np.random.default_rng(0).uniform(-1, 1, (batch_size, *size)).astype(np.float32)
   batch = put_batch({"image": images, "label": np.zeros(batch_size, np.int32)}, mesh)
-  return step, state, batch, flops.train_step(objective.model, streams, batch_size)
+  return step, state, batch, diffusion.count_work(objective, mesh).flops * mesh.size
 
 
 def compile_step(case: str, method: str, dtype: str, variant: str) -> Candidate:

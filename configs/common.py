@@ -156,7 +156,7 @@ def scaled(lr: float, batch_size: int) -> float:
 
 def _network(a) -> dict:
   model = {k: a[k] for k in ("variant", "dtype", "scan", "remat", "attention")}
-  model |= dict(heads=("x0", "eps"), condition=CONDITIONS[a.adaln])
+  model |= dict(name="autoencoder", heads=("x0", "eps"), condition=CONDITIONS[a.adaln])
   path = dict(name=a.path, timesteps=a.timesteps)
   return dict(model=model, path=path, fsdp=a.fsdp, accumulate=a.accumulate)
 

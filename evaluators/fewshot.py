@@ -10,7 +10,7 @@ from umd.metrics import knn as neighbours
 from umd.metrics.ridge import Ridge
 from umd.runs import progress
 from umd.state import TrainState
-from umd.trained.inference import FEATURES, example_keys
+from umd.trained.inference import example_keys
 
 PROTOCOLS = ("strict", "umd")
 UMD_L2 = 1024.0
@@ -72,7 +72,7 @@ class Evaluator:
     self._context, self._train, self._test = context, *self._open(context, train, test)
     self._protocols = (protocol,) if isinstance(protocol, str) else tuple(protocol)
     for key, given, known in [
-      ("features", features, FEATURES),
+      ("features", features, context.inference.features()),
       ("protocol", self._protocols, PROTOCOLS),
     ]:
       if unknown := sorted(set(given) - set(known)):

@@ -15,6 +15,7 @@ from umd.data import Source
 from umd.devices.mesh import all_agree
 from umd.metrics import classifier, frechet, quantize, statistics
 from umd.metrics import features as extraction
+from umd.models.network import param_shapes
 from umd.runs import progress
 from umd.runs.writers import Images, to_grid
 from umd.state import TrainState
@@ -334,8 +335,7 @@ class Evaluator:
     """Traces the sampler, so that what it refuses it refuses at start."""
     model, size = self._context.inference.model, self._context.mesh.size
     index = jax.ShapeDtypeStruct((size,), jnp.int32)
-    init = lambda key: model.init(key, jnp.zeros((1, *model.image_size)), jnp.zeros(1, jnp.int32))
-    params = jax.eval_shape(init, jax.random.key(0))["params"]
+    params = param_shapes(model)
     jax.eval_shape(self._sample, self._context.weights(params), {"index": index})
 
   @functools.cached_property

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from evaluators.context import Context, Weights, count
+from umd.models.network import num_tokens
 from umd.objectives import TIMESTEPS, Draw, Stream, score
 from umd.runs.checkpoint import WEIGHTS
 from umd.state import TrainState
@@ -55,7 +56,7 @@ class Evaluator:
     u = low + (high - low) * example_uniform(keys[:, 0], ())
     t = TIMESTEPS[stream.timesteps](u, path.timesteps)
     eps = example_normal(keys[:, 1], images.shape[1:])
-    mask_noise = example_uniform(keys[:, 2], (model.tokens,))
+    mask_noise = example_uniform(keys[:, 2], (num_tokens(model),))
     labels = batch["label"] if model.num_classes and stream.labels else None
     draw = Draw(images, labels, t, eps, mask_noise)
     return score(model, path, [stream], weights.model, [draw])[0]

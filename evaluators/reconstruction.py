@@ -10,6 +10,8 @@ from evaluators.context import Context, count
 from umd.codecs import codec
 from umd.data import eval_batches
 from umd.devices.mesh import replicated, run_ahead
+from umd.masks import num_kept
+from umd.models.network import num_tokens
 from umd.runs import progress
 from umd.runs.writers import Images, to_grid
 from umd.state import TrainState
@@ -39,7 +41,7 @@ class Evaluator:
     model = context.inference.model
     if "x0" not in model.heads:
       raise ValueError(f"reconstruction reads the head 'x0', the model has {model.heads}.")
-    if model.keep(mask_ratio) == model.tokens:
+    if num_kept(num_tokens(model), mask_ratio) == num_tokens(model):
       raise ValueError(f"mask_ratio={mask_ratio} masks no token; set it higher.")
     context.check_timestep(t)
     self._context, self._source, self._num = context, context.open("data", data), num

@@ -30,8 +30,9 @@ def random_params(model, seed=0):
   import jax.numpy as jnp
   import numpy as np
 
-  images, t = jnp.zeros((1, *model.image_size)), jnp.zeros(1, jnp.int32)
-  shapes = jax.eval_shape(model.init, jax.random.key(0), images, t)["params"]
+  from umd.models.network import param_shapes
+
+  shapes = param_shapes(model)
   rng = np.random.default_rng(seed)
 
   def draw(path, leaf):

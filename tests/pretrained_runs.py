@@ -11,6 +11,7 @@ from configs import quickstart
 from umd.codecs.codec import Pixels
 from umd.devices.mesh import make_mesh, replicated
 from umd.models.autoencoder import AutoEncoder
+from umd.models.network import param_shapes
 from umd.runs import workdir
 from umd.runs.checkpoint import Checkpoints
 from umd.state import TrainState
@@ -32,8 +33,7 @@ def config(stage="finetune", arguments="", **overrides):
 
 @functools.cache
 def _shapes(model):
-  blank = jnp.zeros((1, *model.image_size)), jnp.zeros(1, jnp.int32)
-  return jax.eval_shape(model.init, jax.random.key(0), *blank)["params"]
+  return param_shapes(model)
 
 
 def params_of(model, seed):

@@ -64,7 +64,7 @@ def small_vae(setattr):
   """Puts a tiny auto-encoder in the place of each published one, "small" among their names."""
   small = {"small": random_weights(HALF), "other": random_weights(HALF, 1)}
   find = lambda name: small.get(name) or random_weights(TINY)._replace(name=name)
-  setattr(codec.vae_weights, "load", find)
+  setattr(codec.vae_files, "load", find)
 
 
 class Function:

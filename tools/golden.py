@@ -5,6 +5,7 @@ bash run.sh tools.golden --write    accepts the numbers of now
 """
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
@@ -23,6 +24,7 @@ from trainers import diffusion
 from trainers.loop import make_step
 from umd import data
 from umd.devices import mesh
+from umd.models.network import init_params
 from umd.state import init_state
 
 FILE = Path(__file__).resolve().parent.parent / "tests/golden/losses.json"
@@ -53,7 +55,8 @@ def train(method: str) -> dict[str, list[float]]:
   config.evals, config.use_labels, config.label_drop_prob = {}, labels, 0.2 * labels
   with tempfile.TemporaryDirectory() as empty:
     parts = diffusion.prepare(config, empty, empty)
-  init, key = diffusion.init_params(parts.model), jax.random.key(config.seed)
+  init = functools.partial(init_params, parts.model)
+  key = jax.random.key(config.seed)
   state = init_state(init, parts.tx, key, parts.mesh)
   step = make_step(config, parts, state)
   batches = data.train_batches(parts.source, config.batch_size, seed=config.seed)

@@ -1,11 +1,12 @@
 """Trains a masked-diffusion auto-encoder: MAE, UMD, DiT, MaskDiT, as its config's streams say."""
 
+import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -13,15 +14,16 @@ from ml_collections import ConfigDict
 import evaluators
 from trainers import logs, optim, transfer
 from trainers.loop import Loop, Training
-from umd import data, objectives
+from umd import data, models, objectives
 from umd.codecs.codec import Codec
 from umd.codecs.codec import make as make_codec
 from umd.devices import chips, flops, memory
 from umd.devices import mesh as sharding
 from umd.devices.mesh import placed, state_shardings
-from umd.devices.placement import on
-from umd.models.autoencoder import AutoEncoder
+from umd.devices.placement import LAYERS, on
+from umd.models import MODELS
 from umd.models.layers.blocks import REMAT
+from umd.models.network import Network, grid, init_params, param_shapes
 from umd.objectives import Objective, Stream
 from umd.paths import make_path
 from umd.runs import workdir as folder
@@ -37,26 +39,30 @@ USED = 0.7
 UNROLLED = 12  # Layers of a stack that are not too long to compile one by one.
 
 
-def shapes_of(model: AutoEncoder):
-  """Shapes of its parameters."""
-  image = jax.ShapeDtypeStruct((1, *model.image_size), "float32")
-  blank = image, jax.ShapeDtypeStruct((1,), "int32")
-  return jax.eval_shape(model.init, jax.random.key(0), *blank)["params"]
-
-
 def needed(objective: Objective, mesh: Mesh, accumulate: int = 1) -> int:
   """Bytes that a step of training takes on a device, by `umd.devices.memory`; AdamW's state is counted."""
-  shapes = shapes_of(objective.model)
+  shapes = param_shapes(objective.model)
   params = placed(shapes, state_shardings(shapes, mesh))
-  rows = objective.batch_size // accumulate
-  batch = {
-    "image": jax.ShapeDtypeStruct((rows, *objective.model.image_size), "float32"),
-    "label": jax.ShapeDtypeStruct((rows,), "int32"),
-  }
+  batch = batch_shapes(objective.model, objective.batch_size // accumulate)
   with on(mesh):
     found = memory.residuals(objective, params, batch)
   told = memory.estimate(params, found, memory.nbytes(batch), mesh.size)
   return 4 * memory.on_device(params) + told.total  # Parameters, average and two moments.
+
+
+def num_layers(model: Network) -> int:
+  """The depth of the deepest stack of layers, whose parameters are stacked; 0 without one."""
+  leaves = jax.tree_util.tree_leaves_with_path(param_shapes(model))
+  in_layers = lambda path: any(getattr(key, "key", None) == LAYERS for key in path)
+  return max((len(leaf) for path, leaf in leaves if in_layers(path)), default=0)
+
+
+def batch_shapes(model: Network, rows: int) -> dict:
+  """Shapes of a batch as the network sees it."""
+  return {
+    "image": jax.ShapeDtypeStruct((rows, *model.image_size), "float32"),
+    "label": jax.ShapeDtypeStruct((rows,), "int32"),
+  }
 
 
 def settle(config: ConfigDict, build: Callable[[dict], Objective], mesh: Mesh) -> Objective:
@@ -83,7 +89,7 @@ def settle(config: ConfigDict, build: Callable[[dict], Objective], mesh: Mesh) -
     found = build(dict(scan=scan == "true", remat=policy))
     if policy == policies[-1] or needed(found, mesh, config.accumulate) <= USED * capacity:
       break
-  many = max(found.model.shape.depth, found.model.shape.decoder_depth) > UNROLLED
+  many = num_layers(found.model) > UNROLLED
   loop = many and policy == "full" if capacity else policy != "none"
   return build(dict(scan=True, remat=policy)) if scan == AUTO and loop else found
 
@@ -102,7 +108,7 @@ def make_model(config: ConfigDict, image_size: tuple[int, int, int], num_classes
   """
   num_classes = num_classes if config.use_labels else 0
   settings = {**saved.as_it_runs(config.model.to_dict()), **how}
-  return AutoEncoder(image_size=image_size, num_classes=num_classes, **settings)
+  return models.make(image_size=image_size, num_classes=num_classes, **settings)
 
 
 def count_steps(config: ConfigDict, examples: int) -> int:
@@ -120,7 +126,7 @@ class Parts(NamedTuple):
   mesh: Mesh
   source: data.Source
   codec: Codec
-  model: AutoEncoder
+  model: Network
   steps: int
   streams: tuple[Stream, ...]
   objective: Objective
@@ -137,27 +143,35 @@ def assemble(
 
   Of the source its number of classes counts, and its length where the run's is in epochs.
   """
-  path, streams = make_path(**config.path.to_dict()), objectives.make_streams(config.streams)
+  path, streams = (
+    make_path(**config.path.to_dict()),
+    objectives.make_streams(config.streams.to_dict()),
+  )
 
   def build(how: dict) -> Objective:
     model = make_model(config, seen, source.num_classes, **how)
     return Objective(model, path, streams, config.batch_size, config.label_drop_prob)
 
-  objective = settle(config, build, mesh)
+  attributes = {field.name for field in dataclasses.fields(MODELS[config.model.name])}
+  # A network without layers to loop over or to rematerialise leaves nothing open.
+  objective = settle(config, build, mesh) if "remat" in attributes else build({})
   sharding.check_accumulates(config.accumulate, config.batch_size, objective.period, mesh)
   steps, settings = count_steps(config, len(source)), config.optim.to_dict()
   schedule = optim.make_schedule(settings.pop("lr"), steps, settings.pop("warmup"))
   tx = optim.make_optimizer(schedule, **settings)
-  work = count_work(objective.model, streams, config.batch_size, mesh)
+  work = count_work(objective, mesh)
   return Parts(
     mesh, source, codec, objective.model, steps, streams, objective, schedule, tx, [], work
   )
 
 
-def count_work(model: AutoEncoder, streams, batch_size: int, mesh: Mesh) -> writers.Work:
+def count_work(objective: Objective, mesh: Mesh) -> writers.Work:
   """What a step asks of each device of the mesh; the codec's share is not counted."""
-  total, kind = flops.train_step(model, streams, batch_size), mesh.devices.flat[0].device_kind
-  return writers.Work(total / mesh.size, chips.peak_flops(kind, model.dtype))
+  model = objective.model
+  batch = batch_shapes(model, objective.batch_size)
+  total = flops.train_step(objective, param_shapes(model), batch)
+  kind = mesh.devices.flat[0].device_kind
+  return writers.Work(total / mesh.size, chips.peak_flops(kind, getattr(model, "dtype", "float32")))
 
 
 def prepare(config: ConfigDict, workdir: str, cache: str, init_from: str = "") -> Parts:
@@ -184,21 +198,14 @@ def prepare(config: ConfigDict, workdir: str, cache: str, init_from: str = "") -
   scheduled = evaluators.from_config(config.evals.to_dict(), context)
   if init_from:
     saved.check_same_vae(init_from, codec.sha256)
-    shapes = jax.eval_shape(init_params(parts.model), jax.random.key(0))
-    saved.check_fits(init_from, shapes, config.init_fresh)
+    saved.check_fits(init_from, param_shapes(parts.model), config.init_fresh)
   return parts._replace(evaluators=scheduled)
 
 
-def init_params(model: AutoEncoder) -> Callable:
-  """`init(key) -> params`."""
-  blank = jnp.zeros((1, *model.image_size)), jnp.zeros(1, jnp.int32)
-  return lambda key: model.init(key, *blank)["params"]
-
-
-def start_from(state, init_from: str, config: ConfigDict, model: AutoEncoder):
+def start_from(state, init_from: str, config: ConfigDict, model: Network):
   """(state with the weights of the run in `init_from`, the step they are from)."""
   params, step = load_params(init_from, config.init_weights)
-  grids = saved.open_run(init_from).model.grid, model.grid
+  grids = grid(saved.open_run(init_from).model), grid(model)
   return transfer.adopt(state, params, config.init_fresh, grids), step
 
 
@@ -227,7 +234,7 @@ def run(
 
   # State: new, started from another run, or the one that was interrupted.
   key = jax.random.key(config.seed)
-  state = init_state(init_params(parts.model), parts.tx, key, parts.mesh)
+  state = init_state(functools.partial(init_params, parts.model), parts.tx, key, parts.mesh)
   training = Training(config, parts, state, workdir)
   state = loop.restore(state)
   if not loop.step and init_from:

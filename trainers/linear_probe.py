@@ -21,6 +21,7 @@ from umd import data
 from umd.codecs.codec import Codec, encode_batch
 from umd.devices import mesh as sharding
 from umd.metrics import linear_probe
+from umd.models.network import feature_widths
 from umd.runs import workdir as folder
 from umd.runs.checkpoint import load_params
 from umd.trained import saved
@@ -53,7 +54,7 @@ def run(
   loop = Loop(config, workdir, name)
   params, run_step = load_params(trained.folder, config.init_weights)
   params = sharding.replicate(params, mesh)
-  width, classes = trained.model.shape.width, train.num_classes
+  width, classes = feature_widths(trained.model)["class"], train.num_classes
   init = init_heads(config, width, classes)
   everywhere = sharding.replicated(mesh)
   states = jax.jit(init, out_shardings=everywhere)(jax.random.key(config.seed))

@@ -1,8 +1,16 @@
 """Objectives: a method is a set of streams, each with terms, and nothing else.
 
-A *stream* is a part of the batch with its own timesteps and mask ratio; a *term* scores one head
-on the tokens it names. MAE, UMD, DiT and MaskDiT differ in these values only, so a new method is
-a new row of data (see `configs/common.py`).
+A *stream* is a part of the batch with its own times and mask; a *term* scores one head of the
+network on the tokens it names. MAE, UMD, DiT and MaskDiT differ in these values only, so a new
+method is a new row of data (see `configs/methods.py`).
+
+A training step draws all randomness first, shows each stream's noised images to the network, and
+adds up the terms:
+
+  t ~ stream.timesteps,   eps ~ N(0, I),   x_t = alpha(t) x0 + sigma(t) eps,   mask ~ stream.mask
+  L = sum over streams of (share of rows) * sum over terms of weight * E[w(t) * mean error]
+
+with the mean over the tokens that the term names.
 """
 
 import dataclasses
@@ -17,24 +25,48 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from umd.devices.placement import take_rows
-from umd.masks import mask_from_noise, patchify
-from umd.models.autoencoder import AutoEncoder, Input
+from umd.losses import LOSSES, WEIGHTS, WITHOUT_TARGET, Scored
+from umd.masks import mask_from_noise, num_kept, patchify
+from umd.models.network import Input, Network, num_tokens
 from umd.paths import Path
+
+# Which tokens a term scores, from the mask [B, N] (1 = dropped from the encoder's input).
+WHERE: Mapping[str, Callable] = {
+  "all": jnp.ones_like,
+  "visible": lambda masked: 1.0 - masked,
+  "masked": lambda masked: masked,
+}
+
+# How a stream draws its times in 0..T from uniform noise u in [0, 1).
+TIMESTEPS: Mapping[str, Callable] = {
+  "clean": lambda u, timesteps: jnp.zeros_like(u, jnp.int32),
+  "uniform": lambda u, timesteps: 1 + jnp.floor(u * timesteps).astype(jnp.int32),
+}
+
+# The share of a stream's rows may be off by this much of the batch, so that the pattern by which
+# rows are dealt can be short.
+SHARE_TOLERANCE = 1 / 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-  """Mean squared error of one head.
+  """The loss of one head.
 
   Attributes:
-    head: what is predicted and compared, one of the model's heads.
+    head: the prediction that is scored, one of the network's heads.
     where: the tokens scored: "all", "visible" or "masked".
     weight: factor in the stream's loss.
+    loss: the error, a key of `umd.losses.LOSSES`.
+    target: the quantity of the path that is compared; "" for that of the head's own name.
+    weight_of_t: how much a time counts, a key of `umd.losses.WEIGHTS`.
   """
 
   head: str
   where: str = "all"
   weight: float = 1.0
+  loss: str = "mse"
+  target: str = ""
+  weight_of_t: str = "one"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,37 +101,8 @@ def make_streams(config: Mapping) -> tuple[Stream, ...]:
   return tuple(streams)
 
 
-def describe(params, streams, batch_size: int) -> str:
-  """One line per run: parameters, and the rows that each stream really gets."""
-  size = period(streams, batch_size)
-  shares = []
-  for s in streams:
-    start, stop = stream_rows(s, size)
-    rows = (stop - start) * batch_size // size
-    shares.append(f"{s.name} {rows}/{batch_size} rows, mask {s.mask_ratio:g}, {s.timesteps}")
-  count = sum(x.size for x in jax.tree.leaves(params))
-  return f"{count / 1e6:.2f}M parameters; streams: {'; '.join(shares)}"
-
-
-# Which tokens a term scores, from the mask [B, N] (1 = dropped from the encoder's input).
-WHERE: Mapping[str, Callable] = {
-  "all": jnp.ones_like,
-  "visible": lambda masked: 1.0 - masked,
-  "masked": lambda masked: masked,
-}
-
-# How a stream draws its timesteps in 0..T from uniform noise u in [0, 1).
-TIMESTEPS: Mapping[str, Callable] = {
-  "clean": lambda u, timesteps: jnp.zeros_like(u, jnp.int32),
-  "uniform": lambda u, timesteps: 1 + jnp.floor(u * timesteps).astype(jnp.int32),
-}
-
-# A share of rows may be off by this much of the batch, so that the pattern of rows can be short.
-SHARE_TOLERANCE = 1 / 64
-
-
 def period(streams: Sequence[Stream], batch_size: int) -> int:
-  """Length of the pattern by which rows of the batch are dealt to streams.
+  """The length of the pattern by which rows of the batch are dealt to streams.
 
   Every `period` rows hold each stream in its share, so a device that holds a multiple of it finds
   all its rows at home: no image crosses devices, and which rows are clean does not depend on how
@@ -122,28 +125,44 @@ def stream_rows(stream: Stream, size: int) -> tuple[int, int]:
   return start, stop
 
 
-def _check_term(name: str, term: Term, stream: Stream, model: AutoEncoder, path: Path) -> None:
-  where = f"streams.{stream.name}.terms.{name}"
-  if term.head not in model.heads:
+def num_visible(stream: Stream, network: Network) -> int:
+  """K, the number of patches of an image that the network sees in this stream."""
+  return num_kept(num_tokens(network), stream.mask_ratio)
+
+
+def _check_term(key: str, term: Term, stream: Stream, network: Network, path: Path) -> None:
+  """Raises ValueError if the term cannot be computed, or is about nothing."""
+  choices = {"where": WHERE, "loss": LOSSES, "weight_of_t": WEIGHTS}
+  for name, known in choices.items():
+    if (value := getattr(term, name)) not in known:
+      raise ValueError(f"{key}: {name}={value!r} is not one of {list(known)}.")
+  for head in (term.head, *WITHOUT_TARGET.get(term.loss, ())):
+    if head not in network.heads:
+      raise ValueError(
+        f"{key}: head={head!r} is not among the model's heads {network.heads}. "
+        "Add it to model.heads or score another head."
+      )
+  if term.where == "masked" and num_visible(stream, network) == num_tokens(network):
     raise ValueError(
-      f"{where}: head={term.head!r} is not among the model's heads {model.heads}. "
-      "Add it to model.heads or score another head."
+      f"{key} scores masked tokens but mask_ratio={stream.mask_ratio} masks none of "
+      f"{num_tokens(network)}. Set where='all' or a larger mask_ratio."
     )
-  if term.where not in WHERE:
-    raise ValueError(f"{where}: where={term.where!r} is not one of {list(WHERE)}.")
-  if term.where == "masked" and model.keep(stream.mask_ratio) == model.tokens:
+  if term.loss in WITHOUT_TARGET:
+    if stream.timesteps == "clean":
+      raise ValueError(
+        f"{key}: loss={term.loss!r} compares steps of the noise process, and timesteps='clean' "
+        "takes none. Draw other timesteps."
+      )
+    return
+  quantity = term.target or term.head
+  if path.unpredictable(quantity)[0] and stream.timesteps == "clean":
     raise ValueError(
-      f"{where} scores masked tokens but mask_ratio={stream.mask_ratio} masks none of "
-      f"{model.tokens}. Set where='all' or a larger mask_ratio."
-    )
-  if path.unpredictable(term.head)[0] and stream.timesteps == "clean":
-    raise ValueError(
-      f"{where}: head={term.head!r} asks for noise at timesteps='clean', where the input has "
+      f"{key}: head={quantity!r} asks for noise at timesteps='clean', where the input has "
       "none. Score 'x0' there, or draw other timesteps."
     )
 
 
-def check(streams: Sequence[Stream], model: AutoEncoder, path: Path, batch_size: int) -> None:
+def check(streams: Sequence[Stream], network: Network, path: Path, batch_size: int) -> None:
   """Raises ValueError, naming value and remedy, for streams that cannot mean what they say."""
   if not streams:
     raise ValueError("streams is empty: there is nothing to train. Name at least one stream.")
@@ -163,20 +182,20 @@ def check(streams: Sequence[Stream], model: AutoEncoder, path: Path, batch_size:
         f"streams.{s.name}: rows={s.rows} rounds to no row of a batch of {batch_size}. "
         "Enlarge batch_size or the share."
       )
-    model.keep(s.mask_ratio)  # Raises if the encoder would see nothing.
+    num_visible(s, network)  # Raises if the network would see nothing.
     if not s.terms:
       raise ValueError(f"streams.{s.name} has no terms. Give it at least one.")
     for name, term in s.terms.items():
-      _check_term(name, term, s, model, path)
+      _check_term(f"streams.{s.name}.terms.{name}", term, s, network, path)
 
 
 class Draw(NamedTuple):
-  """What a stream is trained on in a step: images [B, H, W, C], labels, and all that is random.
+  """What a stream is trained on in a step: images, labels, and all that is random.
 
   Attributes:
-    x0: clean images.
-    labels: [B] those shown, or None.
-    t: timesteps [B].
+    x0: clean images [B, H, W, C].
+    labels: those shown, [B], or None.
+    t: times [B].
     eps: noise [B, H, W, C].
     mask_noise: [B, N]; see `umd.masks.mask_from_noise`.
   """
@@ -188,42 +207,45 @@ class Draw(NamedTuple):
   mask_noise: Array
 
 
-def shown(model: AutoEncoder, path: Path, stream: Stream, draw: Draw) -> Input:
-  """What the model is shown of a stream's draw."""
-  keep = model.keep(stream.mask_ratio)
-  mask = mask_from_noise(draw.mask_noise, keep) if keep < model.tokens else None
+def network_input(network: Network, path: Path, stream: Stream, draw: Draw) -> Input:
+  """What the network is shown of a stream's draw: x_t, with some patches dropped."""
+  keep = num_visible(stream, network)
+  mask = mask_from_noise(draw.mask_noise, keep) if keep < num_tokens(network) else None
   return Input(path.combine("x_t", draw.x0, draw.eps, draw.t), draw.t, draw.labels, mask)
 
 
 def errors(
-  model: AutoEncoder, path: Path, stream: Stream, draw: Draw, masked: Array, preds: Mapping
+  network: Network, path: Path, stream: Stream, draw: Draw, shown: Input, predictions: Mapping
 ) -> dict[str, Float[Array, "b"]]:
-  """Every term of a stream, per example, of predictions (eq. 3-5); `masked` is 1 where dropped."""
-  out = {}
+  """Every term of a stream, per example: its error, weighted by t, mean over the scored tokens."""
+  cut = lambda images: patchify(images, network.patch)
+  patches = {head: cut(prediction) for head, prediction in predictions.items()}
+  scored = Scored(patches, cut(draw.x0), cut(draw.eps), cut(shown.images), draw.t)
+  masked = jnp.zeros_like(draw.mask_noise) if shown.mask is None else shown.mask.masked
+  values = {}
   for name, term in stream.terms.items():
-    target = patchify(path.combine(term.head, draw.x0, draw.eps, draw.t), model.shape.patch)
-    error = jnp.square(preds[term.head] - target).mean(axis=-1)
-    weight = WHERE[term.where](masked)
-    out[name] = (error * weight).sum(axis=1) / weight.sum(axis=1)
-  return out
+    error = LOSSES[term.loss](path, term.head, term.target or term.head, scored)
+    weight_of_t = WEIGHTS[term.weight_of_t](path, term.head, draw.t)
+    if jnp.ndim(weight_of_t) == 1:
+      weight_of_t = weight_of_t[:, None]
+    counted = WHERE[term.where](masked)
+    values[name] = (weight_of_t * error * counted).sum(axis=1) / counted.sum(axis=1)
+  return values
 
 
 def score(
-  model: AutoEncoder, path: Path, streams: Sequence[Stream], params, draws: Sequence[Draw]
+  network: Network, path: Path, streams: Sequence[Stream], params, draws: Sequence[Draw]
 ) -> list[dict[str, Float[Array, "b"]]]:
-  """Every term of the streams, per example, for given timesteps, noise and mask noise (eq. 3-5).
+  """Every term of the streams, per example, for given times, noise and mask noise.
 
-  Returns `{term: [B]}` of each stream: squared error, mean over the scored tokens, their pixels and
-  channels, without the term's weight.
+  Returns `{term: [B]}` of each stream, without the term's weight.
   """
-  inputs = [shown(model, path, s, draw) for s, draw in zip(streams, draws, strict=True)]
-  counts = [len(draw.x0) for draw in draws]
-  groups = functools.reduce(math.gcd, counts)
-  preds = model.apply({"params": params}, inputs, groups, method="predict")
-  everywhere = lambda draw: jnp.zeros_like(draw.mask_noise)
+  inputs = [network_input(network, path, s, draw) for s, draw in zip(streams, draws, strict=True)]
+  groups = functools.reduce(math.gcd, [len(draw.x0) for draw in draws])
+  predictions = network.apply({"params": params}, inputs, groups, method="predict")
   return [
-    errors(model, path, s, draw, everywhere(draw) if x.mask is None else x.mask.masked, pred)
-    for s, draw, x, pred in zip(streams, draws, inputs, preds, strict=True)
+    errors(network, path, *of_stream)
+    for of_stream in zip(streams, draws, inputs, predictions, strict=True)
   ]
 
 
@@ -235,7 +257,7 @@ class Objective:
   L = r0 L(t=0) + (1 - r0) L(t>=1).
 
   Attributes:
-    model: predicts the heads that the terms score.
+    model: the network that predicts the heads.
     path: mixes images and noise.
     streams: see `Stream`; checked here.
     batch_size: B, over all devices.
@@ -245,7 +267,7 @@ class Objective:
     ValueError: see `check`.
   """
 
-  model: AutoEncoder
+  model: Network
   path: Path
   streams: Sequence[Stream]
   batch_size: int
@@ -269,12 +291,13 @@ class Objective:
       u = jax.random.uniform(keys[0], x0.shape[:1])
       t = TIMESTEPS[stream.timesteps](u, self.path.timesteps)
       eps = jax.random.normal(keys[1], x0.shape)
-      mask_noise = jax.random.uniform(keys[2], (len(x0), self.model.tokens))
+      mask_noise = jax.random.uniform(keys[2], (len(x0), num_tokens(self.model)))
       labels = self._labels(batch, stream, rows, keys[3])
       draws.append(Draw(x0, labels, t, eps, mask_noise))
     return draws
 
   def _labels(self, batch: Mapping, stream: Stream, rows: tuple[int, int], key: Array):
+    """The labels that a stream is shown, some of them dropped to "no label"; None for none."""
     if not self.model.num_classes or not stream.labels:
       return None
     labels = take_rows(batch["label"], rows, self.period)
@@ -287,7 +310,21 @@ class Objective:
     total, metrics = 0.0, {}
     for stream, values in zip(self.streams, scores, strict=True):
       start, stop = stream_rows(stream, self.period)
+      share = (stop - start) / self.period
       for name, value in values.items():
-        metrics[f"{stream.name}/{name}"] = value.mean()
-        total += (stop - start) / self.period * stream.terms[name].weight * value.mean()
+        mean = value.mean()
+        metrics[f"{stream.name}/{name}"] = mean
+        total += share * stream.terms[name].weight * mean
     return total, metrics
+
+
+def describe(params, streams: Sequence[Stream], batch_size: int) -> str:
+  """One line per run: the number of parameters, and the rows that each stream really gets."""
+  size = period(streams, batch_size)
+  shares = []
+  for s in streams:
+    start, stop = stream_rows(s, size)
+    rows = (stop - start) * batch_size // size
+    shares.append(f"{s.name} {rows}/{batch_size} rows, mask {s.mask_ratio:g}, {s.timesteps}")
+  count = sum(x.size for x in jax.tree.leaves(params))
+  return f"{count / 1e6:.2f}M parameters; streams: {'; '.join(shares)}"

@@ -177,6 +177,7 @@ import json, os, sys
 os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("count=4", "count=8")
 import jax, jax.numpy as jnp, numpy as np, optax
 from umd.models.autoencoder import AutoEncoder
+from umd.models.network import init_params
 from umd.objectives import Objective, Stream, Term
 from umd.paths import make_path
 from umd.devices.mesh import make_mesh, put_batch
@@ -188,8 +189,7 @@ streams = (
   Stream("noised", terms, (0.5, 1.0), "uniform", 0.5),
 )
 model = AutoEncoder("nano/4", (8, 8, 1), scan=True)
-blank = jnp.zeros((1, 8, 8, 1)), jnp.zeros(1, jnp.int32)
-params = jax.device_get(jax.jit(model.init)(jax.random.key(0), *blank))["params"]
+params = jax.device_get(jax.jit(lambda key: init_params(model, key))(jax.random.key(0)))
 images = np.random.default_rng(0).uniform(-1, 1, (3, 16, 8, 8, 1)).astype(np.float32)
 tx, losses = optax.sgd(0.2, momentum=0.9), {}
 for fsdp in (1, 8, 4):

@@ -7,7 +7,6 @@ import pytest
 
 from configs import common
 from umd import data, objectives
-from umd import objectives as methods
 from umd.devices.mesh import batch_sharding, make_mesh
 from umd.paths import make_path
 
@@ -33,7 +32,7 @@ def test_examples_timesteps_noise_and_masks_are_the_same_on_any_number_of_device
 ):
   a = common.parse_arg(f"method={method}", **common.ARGUMENTS)
   model, _ = nano("nano/4", (8, 8, 1), num_classes=10)
-  streams = methods.make_streams(
+  streams = objectives.make_streams(
     common.streams(a.no_noise_prob, a.mask_ratio, a.mask_ratio_no_noise)
   )
   loss = objectives.Objective(model, make_path("cosine", 1000), streams, BATCH, 0.1)

@@ -41,6 +41,18 @@ def model_state(nano):
   return model, types.SimpleNamespace(params=params, ema_params=half)
 
 
+class Network:
+  """The protocol's attributes, for evaluators that ask nothing else of a network."""
+
+  image_size, num_classes, heads, patch = (8, 8, 1), 0, ("x0",), 2
+
+  def predict(self, inputs, groups=1):
+    raise NotImplementedError
+
+  def represent(self, images, t, labels=None):
+    raise NotImplementedError
+
+
 def make_context(inference, devices=4, batch_size=64, streams=STREAMS, cache=""):
   mesh = make_mesh(jax.devices()[:devices])
   return Context(inference, streams, mesh, batch_size or len(TEST), 0, cache)
@@ -99,7 +111,7 @@ def test_losses_are_yielded_for_both_weights_and_all_terms(values):
 def test_losses_score_each_image_at_a_noise_level_of_the_bin(monkeypatch):
   """Instead of an error, `score` gives the timestep: its mean tells which were drawn."""
   monkeypatch.setattr(losses, "score", lambda *args: [{"t": args[4][0].t.astype(jnp.float32)}])
-  model = types.SimpleNamespace(image_size=(8, 8, 1), num_classes=0, tokens=16)
+  model = Network()
   streams = (Stream("n", {}, timesteps="uniform"), Stream("c", {}, timesteps="clean"))
   context = make_context(types.SimpleNamespace(model=model, path=PATH), streams=streams)
   found = dict(losses.Evaluator(context, **DIGITS, bins=4)(STATE))
@@ -130,7 +142,7 @@ def brightness(monkeypatch):
   """A losses evaluator for which the error of an image is its mean pixel."""
   score = lambda model, path, streams, params, draws: [{"mean": draws[0].x0.mean((1, 2, 3))}]
   monkeypatch.setattr(losses, "score", score)
-  model = types.SimpleNamespace(image_size=(8, 8, 1), num_classes=0, tokens=16)
+  model = Network()
   context = make_context(types.SimpleNamespace(model=model, path=PATH), batch_size=32)
   return functools.partial(losses.Evaluator, context, **DIGITS)
 
@@ -157,9 +169,7 @@ class Filler:
   """Stands for a model that fills in the lower half of every image, `off` by a constant."""
 
   def __init__(self, off):
-    self.model = types.SimpleNamespace(
-      image_size=(8, 8, 1), heads=("x0",), keep=lambda ratio: 8, tokens=16
-    )
+    self.model = Network()
     self.path, self._off = PATH, off
 
   def reconstruct(self, params, images, keys, mask_ratio, t=0):

@@ -14,7 +14,7 @@ from evaluators.fewshot import check_shots, draw_shots
 from umd.data import Source, from_arrays
 from umd.devices.mesh import make_mesh
 from umd.paths import make_path
-from umd.trained.inference import FEATURES, Inference, example_keys
+from umd.trained.inference import Inference, example_keys
 
 CLASSES = 4
 
@@ -53,6 +53,9 @@ class Stub:
 
   path = make_path("flow", 10)
   model = types.SimpleNamespace(image_size=(1, 1, 1))
+
+  def features(self):
+    return "class", "mean", "patches"
 
   def represent(self, params, images, keys, t=0):
     label = images[:, 0, 0, 0].astype(jnp.int32)
@@ -290,6 +293,6 @@ def test_mean_features_are_the_mean_of_the_patch_tokens_and_nothing_else(nano):
   images = jax.random.uniform(jax.random.key(0), (3, 16, 16, 3))
   inference = Inference(model, make_path("flow", 10))
   found = inference.represent(params, images, example_keys(0, jnp.arange(3)))
-  assert set(found) == set(FEATURES)
+  assert set(found) == {"class", "mean", "patches"}
   tokens = np.asarray(found["patches"]).reshape(3, 16, -1)
   np.testing.assert_allclose(found["mean"], tokens.mean(axis=1), rtol=1e-5, atol=1e-6)

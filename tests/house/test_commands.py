@@ -20,6 +20,7 @@ from umd import data
 from umd.codecs.codec import Pixels
 from umd.data import records
 from umd.data.records import Records
+from umd.models.network import num_tokens, param_shapes
 from umd.objectives import Stream, Term
 from umd.runs import checkpoint
 from umd.runs import workdir as folder
@@ -90,7 +91,7 @@ def only_stage(config: str, name: str):
 
 
 def millions(model) -> float:
-  shapes = jax.eval_shape(diffusion.init_params(model), jax.random.key(0))
+  shapes = param_shapes(model)
   return round(sum(leaf.size for leaf in jax.tree.leaves(shapes)) / 1e6, 1)
 
 
@@ -203,7 +204,7 @@ def test_every_command_names_its_model_batch_and_optimizer(row):
   config = only_stage(row.config, row.stage)
   seen = (32, 32, 4) if row.is_latent else (row.side, row.side, 3)
   model = diffusion.make_model(config, seen, 1000)
-  assert model.tokens == 256  # of every model of the paper
+  assert num_tokens(model) == 256  # of every model of the paper
   assert model.num_classes == (1000 if row.tuned else 0)
   assert millions(model) == row.params
   assert config.batch_size == row.batch

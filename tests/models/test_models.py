@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from umd.masks import mask_from_noise
+from umd.masks import mask_from_noise, patchify
 from umd.models.autoencoder import AutoEncoder
 from umd.models.layers.blocks import CONDITIONS, REMAT
+from umd.models.network import feature_widths, init_params, num_tokens, param_shapes, predict
 
 BATCH, TOKENS, KEEP = 2, 16, 6
 MASK = mask_from_noise(jax.random.uniform(jax.random.key(0), (BATCH, TOKENS)), KEEP)
@@ -19,8 +20,8 @@ TIMES = jnp.array([3, 700])
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(model, params, images, t, labels, mask):
-  out = model.apply({"params": params}, images, t, labels, mask)
-  return jnp.concatenate([out[head] for head in model.heads], axis=-1)
+  out = predict(model, params, images, t, labels, mask)
+  return jnp.concatenate([patchify(out[head], model.patch) for head in model.heads], axis=-1)
 
 
 def apply(model, params, images=IMAGES, t=TIMES, labels=None, mask=None):
@@ -48,28 +49,29 @@ def distance(a, b):
 )
 def test_parameter_counts_are_the_published_ones(variant, size, attributes, millions):
   model = AutoEncoder(variant, size, **attributes)
-  images, t = jnp.zeros((1, *size)), jnp.zeros(1, jnp.int32)
-  params = jax.eval_shape(model.init, jax.random.key(0), images, t)["params"]
+  params = param_shapes(model)
   assert round(sum(p.size for p in jax.tree.leaves(params)) / 1e6, 1) == millions
   assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-  assert model.tokens == 256
+  assert num_tokens(model) == 256
 
 
 @pytest.mark.parametrize(
   "dtype, heads", [("float32", ("x0", "eps")), ("bfloat16", ("x0", "eps")), ("bfloat16", ("v",))]
 )
 @pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "masked"])
-def test_outputs_are_float32_patches_of_every_head(nano, dtype, mask, heads):
+def test_outputs_are_float32_images_of_every_head(nano, dtype, mask, heads):
   model, params = nano(dtype=dtype, heads=heads)
-  out = jax.eval_shape(model.apply, {"params": params}, jnp.asarray(IMAGES), TIMES, None, mask)
+  forward = functools.partial(predict, model)
+  out = jax.eval_shape(forward, params, jnp.asarray(IMAGES), TIMES, None, mask)
   assert set(out) == set(heads)
   for p in out.values():
-    assert (p.shape, p.dtype) == ((BATCH, TOKENS, 4 * 4 * 3), jnp.float32)
+    assert (p.shape, p.dtype) == (IMAGES.shape, jnp.float32)
   assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
   represent = functools.partial(model.apply, method="represent")
-  rep, tokens = jax.eval_shape(represent, {"params": params}, jnp.asarray(IMAGES), TIMES)
-  assert (rep.shape, rep.dtype) == ((BATCH, 32), jnp.float32)
-  assert tokens.shape == (BATCH, TOKENS, 32)
+  features = jax.eval_shape(represent, {"params": params}, jnp.asarray(IMAGES), TIMES)
+  assert {x.dtype for x in features.values()} == {jnp.dtype("float32")}
+  widths = {name: x.shape[1] for name, x in features.items()}
+  assert widths == {"class": 32, "mean": 32, "patches": TOKENS * 32} == feature_widths(model)
 
 
 def test_bfloat16_is_close_to_float32_but_not_the_same(nano):
@@ -178,7 +180,7 @@ def test_channels_of_a_pixel_are_head_after_head(nano):
 @pytest.fixture(scope="module", params=list(CONDITIONS))
 def initial(request):
   model = AutoEncoder("nano/4", (16, 16, 3), num_classes=10, condition=request.param, scan=True)
-  return model, jax.jit(model.init)(jax.random.key(0), IMAGES, TIMES)["params"]
+  return model, jax.jit(functools.partial(init_params, model))(jax.random.key(0))
 
 
 def test_at_initialisation_only_adaln_ignores_the_condition(initial):

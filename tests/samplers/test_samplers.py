@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from umd import samplers
-from umd.masks import unpatchify
+from umd.models.network import predict
 from umd.paths import PATHS, Path, make_path
 from umd.trained.inference import Inference
 
@@ -450,7 +450,7 @@ LABELS, X_T = jnp.array([3, 7]), jax.random.normal(jax.random.key(5), (2, 16, 16
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(model, params, t, labels):
-  return model.apply({"params": params}, X_T, t, labels)
+  return predict(model, params, X_T, t, labels)
 
 
 @pytest.mark.parametrize(
@@ -460,7 +460,7 @@ def forward(model, params, t, labels):
 def test_guidance_is_uncond_plus_scale_times_cond_minus_uncond(labelled, head, cfg_scale, channels):
   (inference, params), t = labelled, 4
   cond, uncond = (
-    unpatchify(forward(inference.model, params, jnp.full(2, t), labels)[head], 4, (16, 16))
+    forward(inference.model, params, jnp.full(2, t), labels)[head]
     for labels in (LABELS, jnp.full(2, 10))
   )
   denoise = jax.jit(inference.denoiser(params, LABELS, head, cfg_scale, channels))
@@ -479,7 +479,7 @@ def test_guidance_is_for_its_interval_alone(labelled):
   denoise = jax.jit(inference.denoiser(params, LABELS, "eps", 2.5, 0, (0.3, 0.6)))
   for t in (2, 3, 6, 7):  # Of 10.
     cond, uncond = (
-      unpatchify(forward(inference.model, params, jnp.full(2, t), labels)["eps"], 4, (16, 16))
+      forward(inference.model, params, jnp.full(2, t), labels)["eps"]
       for labels in (LABELS, jnp.full(2, 10))
     )
     assert np.abs(cond - uncond).mean() > 1e-2

@@ -15,9 +15,9 @@ from trainers import diffusion, stages
 from trainers.config import describe
 from trainers.loop import make_step
 from umd import objectives, paths
-from umd import objectives as methods
 from umd.devices import chips, memory, mesh
 from umd.models.autoencoder import AutoEncoder
+from umd.models.network import param_shapes
 from umd.state import Step, init_state
 
 SMALL = "variant=nano/2,steps=20,batch_size=32"
@@ -245,10 +245,10 @@ def test_config_errors_are_those_of_training(tmp_path):
 @pytest.mark.parametrize("how", [{}, dict(scan=True), dict(scan=True, remat="full")])
 def test_the_arithmetic_is_within_a_factor_of_what_xla_plans(method, how):
   model = AutoEncoder("micro/2", (16, 16, 3), **how)
-  streams = methods.make_streams(common.streams(**common.METHODS[method]))
+  streams = objectives.make_streams(common.streams(**common.METHODS[method]))
   objective = objectives.Objective(model, paths.make_path("cosine", 1000), streams, 64)
   loss = at_once(objective)
-  params = jax.eval_shape(diffusion.init_params(model), jax.random.key(0))
+  params = param_shapes(model)
   batch = {"image": jax.ShapeDtypeStruct((64, 16, 16, 3), jnp.float32)}
   key = jax.eval_shape(lambda: jax.random.key(0))
   told = memory.residuals(objective, params, batch)

@@ -1,5 +1,6 @@
 """Objectives: the value against loops in numpy, what is scored, and who holds which rows."""
 
+import functools
 import re
 
 import flax.linen as nn
@@ -12,8 +13,9 @@ from scipy import stats
 from stand_ins import at_once
 
 from umd import objectives
-from umd.masks import Mask
+from umd.masks import Mask, patchify
 from umd.models.autoencoder import AutoEncoder
+from umd.models.network import predict
 from umd.objectives import Stream, Term
 from umd.paths import make_path
 
@@ -56,7 +58,7 @@ def oracle(model, params, path, method, data, key, drop):
 
   Rows alternate clean, noised in UMD, whose split is half and half.
   """
-  forward, total = jax.jit(model.apply), 0.0
+  forward, total = jax.jit(functools.partial(predict, model)), 0.0
   images, classes = map(np.asarray, (data["image"], data["label"]))
   for i, stream in enumerate(method):
     rows = [r for r in range(BATCH) if len(method) == 1 or r % 2 == i]
@@ -75,12 +77,12 @@ def oracle(model, params, path, method, data, key, drop):
     restore = np.argsort(order, axis=1)
     mask = Mask(*map(jnp.asarray, (order[:, :keep], restore, np.float32(restore >= keep))))
     x_t = np.float32(alpha * x0 + sigma * eps)
-    preds = forward({"params": params}, x_t, t, labels, mask if keep < 16 else None)
+    preds = forward(params, x_t, t, labels, mask if keep < 16 else None)
     for term in stream.terms.values():
       target, per_example = {"x0": x0, "eps": eps}[term.head], []
       for b in range(len(rows)):
         tokens = {"all": order[b], "visible": order[b, :keep], "masked": order[b, keep:]}
-        error = (np.asarray(preds[term.head][b]) - patches(target[b])) ** 2
+        error = (patches(np.asarray(preds[term.head][b])) - patches(target[b])) ** 2
         per_example.append(np.mean([error[n] for n in tokens[term.where]]))
       total += len(rows) / BATCH * term.weight * np.mean(per_example)
   return total
@@ -113,7 +115,7 @@ def spy(**attributes):
 
 def predictions(size):
   """Parameters of a spy: its predictions for up to `size` images."""
-  draws = np.random.default_rng(1).standard_normal((2, size, 16, 48)).astype(np.float32)
+  draws = np.random.default_rng(1).standard_normal((2, size, 16, 16, 3)).astype(np.float32)
   return dict(zip(("x0", "eps"), jnp.asarray(draws), strict=True))
 
 
@@ -126,7 +128,7 @@ def test_gradient_reaches_scored_tokens_of_the_head_and_no_others(where, head):
   gradient = jax.grad(lambda *a: at_once(loss)(*a)[0])(predictions(4), batch(4), jax.random.key(0))
   masked = np.asarray(calls[-1]["mask"].masked) == 1
   scored = {"all": masked | True, "visible": ~masked, "masked": masked}[where]
-  reached = {h: (np.abs(g) > 0).all(axis=-1) for h, g in gradient.items()}
+  reached = {h: (np.abs(patchify(g, PATCH)) > 0).all(axis=-1) for h, g in gradient.items()}
   np.testing.assert_array_equal(reached.pop(head), scored)
   assert not any((np.abs(gradient[h]) > 0).any() for h in reached)
 

@@ -1,5 +1,7 @@
 """State and optimiser: the average, what decays, clipping, schedules, steps on several devices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from stand_ins import Function
 from trainers.optim import decay_mask, make_optimizer, make_schedule
 from umd.devices.mesh import check_accumulates, make_mesh, put_batch
 from umd.models.autoencoder import AutoEncoder
+from umd.models.network import init_params
 from umd.objectives import Objective, Stream, Term
 from umd.paths import make_path
 from umd.state import ema_decay_at, init_state, make_train_step
@@ -160,8 +163,7 @@ def trained():
   )
   loss, tx = Objective(model, make_path("cosine", 10), streams, 16), optax.sgd(0.2, momentum=0.9)
   images = np.random.default_rng(0).uniform(-1, 1, (3, 16, 8, 8, 1)).astype(np.float32)
-  blank = jnp.zeros((1, 8, 8, 1)), jnp.zeros(1, jnp.int32)
-  params = jax.device_get(jax.jit(model.init)(jax.random.key(0), *blank))["params"]
+  params = jax.device_get(jax.jit(functools.partial(init_params, model))(jax.random.key(0)))
   init = lambda key: jax.tree.map(jnp.asarray, params)
   runs = {}
   for devices, fsdp in PLACES:

@@ -155,7 +155,6 @@ def _estimated(planned, place: Place, report: dict, accumulate: int) -> None:
 def examine(config: ConfigDict, place: Place, args: argparse.Namespace, hlo_path: str = "") -> dict:
   """All that is known of a stage's step on that place."""
   from tools.fit import shapes
-  from umd.devices import flops
 
   planned = shapes.plan(config, place.devices, args.image_size, args.num_classes)
   model = planned.parts.model
@@ -167,7 +166,7 @@ def examine(config: ConfigDict, place: Place, args: argparse.Namespace, hlo_path
     **{name: getattr(model, name) for name in ("variant", "scan", "remat")},
     image_size=model.image_size,
     batch_size=config.batch_size,
-    flops=flops.train_step(model, planned.parts.streams, config.batch_size),
+    flops=planned.parts.work.flops * planned.parts.mesh.size,
     memory=_parts_of_state(planned),
     capacity=place.capacity,
   )

@@ -9,14 +9,14 @@ import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
-import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict, config_dict
 
 from trainers import transfer
 from trainers.config import schema
 from trainers.config.schema import Field, check, fits, join, near
-from umd.models.autoencoder import AutoEncoder, parse_variant
+from umd import models
+from umd.models.autoencoder import parse_variant
+from umd.models.network import Network, param_shapes
 from umd.runs import workdir as folder
 from umd.trained import saved
 
@@ -188,10 +188,9 @@ def _leaves(stage: Mapping, variant: str) -> dict:
   patch = parse_variant(settings["variant"]).patch
   # One patch in grey: what depends on the images is seen once they are opened.
   image_size, classes = (patch, patch, 1), int(stage["use_labels"])
-  return _leaves_of(AutoEncoder(image_size=image_size, num_classes=classes, **settings))
+  return _leaves_of(models.make(image_size=image_size, num_classes=classes, **settings))
 
 
 @functools.lru_cache(maxsize=8)  # Tracing takes a second.
-def _leaves_of(model: AutoEncoder) -> dict:
-  images, t = jnp.zeros((1, *model.image_size)), jnp.zeros(1, jnp.int32)
-  return transfer.leaves(jax.eval_shape(model.init, jax.random.key(0), images, t)["params"])
+def _leaves_of(model: Network) -> dict:
+  return transfer.leaves(param_shapes(model))

@@ -1,5 +1,7 @@
 """Tells what a config would do, from all that is built before anything is computed or written."""
 
+import dataclasses
+import functools
 import math
 import os
 import re
@@ -13,15 +15,22 @@ from ml_collections import ConfigDict
 from trainers import evaluate, kl_vae, linear_probe, logs, stages
 from trainers.config import check
 from trainers.config.schema import PARTS
-from trainers.diffusion import Parts, init_params
+from trainers.diffusion import Parts
 from umd import data
 from umd.codecs.codec import Latents, stored
+from umd.codecs.vae import KLAutoEncoder
 from umd.devices import flops
 from umd.devices.memory import nbytes, on_device
 from umd.devices.mesh import make_mesh, placed, state_shardings
-from umd.models.autoencoder import AutoEncoder
-from umd.models.layers.blocks import CONDITIONS
-from umd.objectives import Stream, period, stream_rows
+from umd.models.network import (
+  Network,
+  feature_widths,
+  init_params,
+  num_tokens,
+  param_shapes,
+  predict,
+)
+from umd.objectives import Stream, num_visible, period, stream_rows
 from umd.runs import checkpoint, integrity
 from umd.runs import workdir as folder
 from umd.state import TrainState, state_shapes
@@ -32,7 +41,7 @@ Rows = list[Sequence[str]]  # Of a table, headings first.
 
 def state_sizes(parts: Parts) -> TrainState:
   """Shapes and types of all that is trained and saved."""
-  return state_shapes(init_params(parts.model), parts.tx)
+  return state_shapes(functools.partial(init_params, parts.model), parts.tx)
 
 
 def nbytes_of_device(tree, mesh) -> int:
@@ -64,33 +73,25 @@ def _matrices(params) -> str:
   return ", ".join(" x ".join(map(str, shape)) for shape in shapes)
 
 
-def parts(model: AutoEncoder, params: Mapping) -> Rows:
+def parts(model: Network, params: Mapping) -> Rows:
   """A row for each part of a model (those of `init_fresh`): what it is, its number of parameters.
 
   Args:
     model: the auto-encoder.
     params: its parameters, or anything with their shapes.
   """
-  s, total = model.shape, count(params)
-  blocks = {"encoder": s.depth, "decoder": s.decoder_depth}
+  total = count(params)
   rows = [("part", "what", "parameters", "share")]
   for name in [*(p for p in PARTS if p in params), *sorted(params.keys() - {*PARTS})]:
     number, what = count(params[name]), _matrices(params[name])
-    if name in blocks:
-      what = f"{blocks[name]} blocks, width {s.width}, {s.heads} heads"
     rows.append((name, what, f"{number:,}", f"{100 * number / total:.1f} %"))
   return rows
 
 
-def tokens(model: AutoEncoder, mask_ratio: float) -> tuple[int, int]:
-  """How many tokens attend to one another in the encoder, and in the decoder."""
-  return flops.tokens(model, model.keep(mask_ratio))
-
-
-def streams(model: AutoEncoder, streams: Sequence[Stream], batch_size: int) -> Rows:
+def streams(model: Network, streams: Sequence[Stream], batch_size: int) -> Rows:
   """A row for each stream: what of the batch it gets, what the model sees, and what is scored."""
   size = period(streams, batch_size)
-  rows = [("stream", "rows", "timesteps", "mask", "patches seen", "encoder", "decoder", "scored")]
+  rows = [("stream", "rows", "timesteps", "mask", "patches seen", "scored")]
   for s in streams:
     start, stop = stream_rows(s, size)
     rows.append(
@@ -99,8 +100,7 @@ def streams(model: AutoEncoder, streams: Sequence[Stream], batch_size: int) -> R
         f"{(stop - start) * batch_size // size} of {batch_size}",
         s.timesteps,
         f"{s.mask_ratio:g}",
-        f"{model.keep(s.mask_ratio)} of {model.tokens}",
-        *(f"{n} tokens" for n in tokens(model, s.mask_ratio)),
+        f"{num_visible(s, model)} of {num_tokens(model)}",
         " + ".join(f"{t.weight:g} {t.head} on {t.where}" for t in s.terms.values()),
       )
     )
@@ -118,18 +118,22 @@ def operations(number: float) -> str:
 
 def compute(parts: Parts, batch_size: int) -> list[str]:
   """What a step of training takes, as lines: the model's products, and what encodes its images."""
-  each = flops.train_step_parts(parts.model, parts.streams, batch_size)
-  total, evaluation = sum(each.values()), sum(flops.forward(parts.model, 1).values())
-  shares = ", ".join(f"{part} {100 * number / total:.1f} %" for part, number in each.items())
+  model, total = parts.model, parts.work.flops * parts.mesh.size
+  image = jax.ShapeDtypeStruct((1, *model.image_size), "float32")
+  t = jax.ShapeDtypeStruct((1,), "int32")
+  evaluation = flops.count(functools.partial(predict, model), param_shapes(model), image, t)
   lines = [
-    f"{operations(total)} a step, {operations(total / batch_size)} an image: {shares}",
+    f"{operations(total)} a step, {operations(total / batch_size)} an image",
     f"{operations(evaluation)} a step of a sampler and image",
   ]
   if parts.work.peak:
     seconds = parts.work.flops / parts.work.peak
     lines.append(f"{seconds:.3g} s a step at {parts.work.peak / 1e12:.0f} TFLOP/s a device")
   if isinstance(parts.codec, Latents) and stored(parts.source) is None:
-    encode = flops.encode(parts.codec.architecture, parts.source.image_size)
+    encoder = KLAutoEncoder(parts.codec.architecture)
+    image = jax.ShapeDtypeStruct((1, *parts.source.image_size), "float32")
+    encode = lambda params, image: encoder.apply({"params": params}, image, method="encode")
+    encode = flops.count(encode, parts.codec.params, image)
     lines.append(f"{operations(encode)} an image to encode it, which MFU does not count")
   return lines
 
@@ -241,12 +245,18 @@ def _length(config: ConfigDict, steps: int, images: int) -> list[str]:
   return _section("length", [f"{steps:,} steps of {config.batch_size} images, {epochs:.4g} epochs"])
 
 
-def _model(model: AutoEncoder, params: Mapping) -> list[str]:
-  s, condition = model.shape, CONDITIONS[model.condition]
+def _attributes(model: Network) -> dict:
+  """The attributes of a network beside those of the protocol."""
+  names = [field.name for field in dataclasses.fields(model)]
+  known = {*Network.__annotations__, "parent", "name"}
+  return {name: getattr(model, name) for name in names if name not in known}
+
+
+def _model(model: Network, params: Mapping) -> list[str]:
   lines = [
-    f"{model.variant}: {_by(model.image_size)} in {model.tokens} patches of {s.patch} x {s.patch}; "
-    f"heads {', '.join(model.heads)}; conditioned by {condition}; {model.dtype}; "
-    f"layers {'in a loop' if model.scan else 'unrolled'}, remat={model.remat}",
+    f"{type(model).__name__}: {_by(model.image_size)} in {num_tokens(model)} patches of "
+    f"{model.patch} x {model.patch}; heads {', '.join(model.heads)}",
+    ", ".join(f"{name}={value}" for name, value in _attributes(model).items()),
     *_columns(parts(model, params)),
     f"{count(params) / 1e6:.2f}M parameters",
   ]
@@ -375,7 +385,7 @@ def _linear_probe(stage: stages.Built, plan) -> Iterator[list[str]]:
   if parts is None:
     yield _section("heads", [f"{heads}; the rest follows from the run"])
     return
-  width, classes = parts.run.model.shape.width, parts.train.num_classes
+  width, classes = feature_widths(parts.run.model)["class"], parts.train.num_classes
   states = jax.eval_shape(linear_probe.init_heads(config, width, classes), jax.random.key(0))
   yield _model(parts.run.model, checkpoint.param_shapes(parts.run.folder))
   yield _data("data", parts.train)

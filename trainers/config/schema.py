@@ -15,6 +15,7 @@ from trainers.kl_vae import ERRORS, KLObjective
 from umd import data
 from umd.codecs.codec import Latents
 from umd.codecs.vae import Architecture, KLAutoEncoder
+from umd.models import MODELS
 from umd.models.autoencoder import AutoEncoder, parse_variant
 from umd.models.layers.attention import IMPLEMENTATIONS
 from umd.models.layers.blocks import CONDITIONS, REMAT
@@ -272,7 +273,8 @@ SAMPLING = Section(
   others=True,
 )
 MODEL = Section(
-  arguments(
+  {"name": Field(str, tuple(MODELS), "The network.")}
+  | arguments(
     *(AutoEncoder, "image_size", "num_classes", "parent", "name"),
     heads=Field(tuple[str, ...], ("x0", "eps", "v", "x_t"), filled=True, distinct=True),
     class_tokens=COUNT,

@@ -12,13 +12,14 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from umd.devices.placement import by_batch, join_rows, part_rows
-from umd.masks import Mask, gather, num_kept, patchify, scatter
+from umd.masks import Mask, gather, patchify, scatter, unpatchify
 from umd.models.layers.attention import IMPLEMENTATIONS
 from umd.models.layers.blocks import CONDITIONS, REMAT, Stack, modulate
 from umd.models.layers.embeddings import LabelEmbedding, TimeEmbedding
+from umd.models.network import Input, num_tokens
 
 # name: width, encoder depth, decoder depth, attention heads. S, B, L are the paper's.
 SIZES = {
@@ -53,24 +54,12 @@ def parse_variant(variant: str) -> Shape:
   return Shape(*SIZES[size], int(patch))
 
 
-class Input(NamedTuple):
-  """What the model is shown of a part of a batch.
-
-  Attributes:
-    images: x_t, [B, H, W, C]; only the patches in `mask.keep` are looked at.
-    t: timesteps in 0..T, 0 being clean, [B].
-    labels: class labels [B], or None for "no label".
-    mask: which patches are kept; None keeps all.
-  """
-
-  images: Array
-  t: Array
-  labels: Array | None = None
-  mask: Mask | None = None
-
-
 class Condition(NamedTuple):
-  """Timestep and label, [B, D] or what is made of it: for the blocks, and for the head."""
+  """Time and label as the network sees them: for its blocks, and for its head.
+
+  [B, D] each, or [B, N, D] where every token has a time of its own; for the blocks it is the
+  modulation of all layers, [..., 6 D], if they share it.
+  """
 
   blocks: Array
   head: Array
@@ -120,31 +109,23 @@ class AutoEncoder(nn.Module):
 
   @property
   def shape(self) -> Shape:
+    """The transformer's sizes."""
     return parse_variant(self.variant)
 
   @property
-  def tokens(self) -> int:
-    """N, the number of patches of an image."""
-    return self.grid[0] * self.grid[1]
-
-  @property
-  def grid(self) -> tuple[int, int]:
-    """(rows, columns) of patches."""
-    patch = self.shape.patch
-    return self.image_size[0] // patch, self.image_size[1] // patch
-
-  def keep(self, mask_ratio: float) -> int:
-    """K, the number of patches that the encoder sees at `mask_ratio`."""
-    return num_kept(self.tokens, mask_ratio)
+  def patch(self) -> int:
+    """The side of a patch in pixels."""
+    return self.shape.patch
 
   def setup(self):
-    s, dtype = self.shape, jnp.dtype(self.dtype)
-    normal, pos = nn.initializers.normal(0.02), nn.initializers.normal(self.tokens**-0.5)
-    how = self.condition, dtype, self.scan, self.remat, self.attention
-    stack = lambda depth: Stack(depth, s.heads, *how)
+    s, dtype, tokens = self.shape, jnp.dtype(self.dtype), num_tokens(self)
+    normal, pos = nn.initializers.normal(0.02), nn.initializers.normal(tokens**-0.5)
+    stack = lambda depth: Stack(
+      depth, s.heads, self.condition, dtype, self.scan, self.remat, self.attention
+    )
     self.embed = nn.Dense(s.width, dtype=dtype)
-    self.pos_embed = self.param("pos_embed", pos, (self.tokens, s.width))
-    self.decoder_pos_embed = self.param("decoder_pos_embed", pos, (self.tokens, s.width))
+    self.pos_embed = self.param("pos_embed", pos, (tokens, s.width))
+    self.decoder_pos_embed = self.param("decoder_pos_embed", pos, (tokens, s.width))
     # Drawn at random: equal tokens without positions of their own would stay equal for ever.
     self.cls = self.param("class_tokens", normal, (self.class_tokens, s.width))
     self.mask_token = self.param("mask_token", normal, (s.width,))
@@ -152,27 +133,30 @@ class AutoEncoder(nn.Module):
     if self.num_classes:
       self.label_embed = LabelEmbedding(self.num_classes, s.width)
     self.encoder, self.decoder = stack(s.depth), stack(s.decoder_depth)
-    out = len(self.heads) * self.image_size[2] * s.patch**2
-    self.head = nn.Dense(out, kernel_init=normal)
+    outputs = len(self.heads) * self.image_size[2] * s.patch**2
+    self.head = nn.Dense(outputs, kernel_init=normal)
     if self.condition == "adaln_shared":
       self.adaln = modulate(s.width, dtype, "adaln")
     if self.condition != "token":
+      # AdaLN-zero (DiT): at first the head's tokens pass unchanged.
       self.head_adaln = nn.Dense(2 * s.width, kernel_init=nn.initializers.zeros)
 
-  def embed_condition(self, t: Int[Array, "b"], labels: Int[Array, "b"] | None) -> Condition:
-    """What timesteps and labels are to the blocks, and to the head."""
+  def embed_condition(self, t: Shaped[Array, "b *n"], labels: Int[Array, "b"]) -> Condition:
+    """What times, [B] or [B, N], and labels [B] are to the blocks, and to the head."""
     cond = self.time_embed(t)
     if self.num_classes:
-      null = jnp.full_like(t, self.num_classes)
-      cond = cond + self.label_embed(null if labels is None else labels)
+      label = self.label_embed(labels)
+      cond = cond + (label if t.ndim == 1 else label[:, None])
     if self.condition != "token":
       cond = jax.nn.silu(cond)
     shared = self.condition == "adaln_shared"
     return Condition(self.adaln(cond) if shared else cond, cond)
 
-  def show(self, images: Float[Array, "b h w c"], mask: Mask | None) -> Float[Array, "b m d"]:
+  def encoder_input(
+    self, images: Float[Array, "b h w c"], mask: Mask | None
+  ) -> Float[Array, "b m d"]:
     """What the encoder reads, [B, M, D]: the class tokens, then the K patches that are kept."""
-    patches, pos = patchify(images, self.shape.patch), self.pos_embed[None]
+    patches, pos = patchify(images, self.patch), self.pos_embed[None]
     if mask is not None:
       patches = gather(patches, mask.keep)
       pos = self.pos_embed[mask.keep]
@@ -186,7 +170,7 @@ class AutoEncoder(nn.Module):
     rep = x[:, : self.class_tokens].astype(jnp.float32).mean(axis=1)
     return rep, x[:, self.class_tokens :]
 
-  def fill(self, rep: Float[Array, "b d"], x: Float[Array, "b k d"], mask: Mask | None):
+  def decoder_input(self, rep: Float[Array, "b d"], x: Float[Array, "b k d"], mask: Mask | None):
     """What the decoder reads, [B, 1 + N, D]: the pooled class tokens, then every patch."""
     if mask is not None:
       x = scatter(x, mask, self.mask_token)
@@ -194,57 +178,81 @@ class AutoEncoder(nn.Module):
     return jnp.concatenate([rep.astype(x.dtype)[:, None], x], axis=1)
 
   def decode(self, x: Float[Array, "b m d"], cond: Condition) -> Float[Array, "b n p"]:
-    """Patches [B, N, P * P * C of each head], float32, of what `fill` makes."""
-    (x,) = self.decoder([(by_batch(x), cond.blocks)])
+    """Patches [B, N, P * P * C of each head], float32, of what `decoder_input` makes."""
+    (x,) = self.decoder([(by_batch(x), with_front(cond.blocks, 1))])
     x = x[:, 1:].astype(jnp.float32)
     if self.condition != "token":
-      shift, scale = jnp.split(self.head_adaln(cond.head)[:, None], 2, axis=-1)
+      head = cond.head[:, None] if cond.head.ndim == 2 else cond.head
+      shift, scale = jnp.split(self.head_adaln(head), 2, axis=-1)
       x = x * (1 + scale) + shift
     return self.head(x)
 
   def predict(self, inputs: Sequence[Input], groups: int = 1) -> list[dict]:
-    """Predicts every head for every patch of several parts of a batch.
+    """Predicts every head for every pixel; see `umd.models.network.Network.predict`.
 
     The parts, whose encoder sees sequences of different lengths, go through the decoder together.
-
-    Args:
-      inputs: the parts.
-      groups: of rows that belong together, see `umd.devices.placement.join_rows`.
-
-    Returns {head: [B, N, P * P * C]}, float32, for each of them.
     """
     counts = [len(part.t) for part in inputs]
-    null = lambda part: jnp.full_like(part.t, self.num_classes)
-    said = [(p.t, null(p) if p.labels is None else p.labels) for p in inputs]
-    cond = self.embed_condition(*join_rows(said, groups))
+    null = lambda part: jnp.full(len(part.t), self.num_classes, jnp.int32)
+    shown = [(part.t, null(part) if part.labels is None else part.labels) for part in inputs]
+    cond = self.embed_condition(*join_rows(shown, groups))
     conds = part_rows(cond.blocks, counts, groups)
-    shown = [self.show(part.images, part.mask) for part in inputs]
-    encoded = self.encoder(list(zip(shown, conds, strict=True)))
-    filled = [self.fill(*self.pool(x), p.mask) for x, p in zip(encoded, inputs, strict=True)]
-    out = self.decode(join_rows(filled, groups), cond)
-    return [self.by_head(part) for part in part_rows(out, counts, groups)]
+    encoded = self.encoder(
+      [
+        (
+          self.encoder_input(part.images, part.mask),
+          with_front(kept(blocks, part.mask), self.class_tokens),
+        )
+        for part, blocks in zip(inputs, conds, strict=True)
+      ]
+    )
+    decoder_inputs = [
+      self.decoder_input(*self.pool(x), part.mask) for x, part in zip(encoded, inputs, strict=True)
+    ]
+    patches = self.decode(join_rows(decoder_inputs, groups), cond)
+    return [self.images_by_head(part) for part in part_rows(patches, counts, groups)]
 
-  def by_head(self, x: Float[Array, "b n p"]) -> dict[str, Float[Array, "b n _"]]:
-    """The heads apart; channels of a pixel are [head_0 | head_1 | ...]."""
-    x = x.reshape(*x.shape[:2], self.shape.patch**2, len(self.heads), -1)
-    return {h: x[:, :, :, i].reshape(*x.shape[:2], -1) for i, h in enumerate(self.heads)}
+  def images_by_head(self, patches: Float[Array, "b n p"]) -> dict[str, Float[Array, "b h w c"]]:
+    """{head: images}; channels of a pixel of a patch are [head_0 | head_1 | ...]."""
+    b, n, _ = patches.shape
+    pixels = patches.reshape(b, n, self.patch**2, len(self.heads), -1)
+    return {
+      head: unpatchify(pixels[:, :, :, i].reshape(b, n, -1), self.patch, self.image_size[:2])
+      for i, head in enumerate(self.heads)
+    }
 
   def represent(
     self,
     images: Float[Array, "b h w c"],
-    t: Int[Array, "b"],
+    t: Shaped[Array, "b *n"],
     labels: Int[Array, "b"] | None = None,
-  ) -> tuple[Float[Array, "b d"], Float[Array, "b n d"]]:
-    """What the encoder makes of whole images: (mean of the class tokens, patch tokens)."""
-    (x,) = self.encoder([(self.show(images, None), self.embed_condition(t, labels).blocks)])
-    return self.pool(x)
+  ) -> dict[str, Float[Array, "b _"]]:
+    """What the encoder makes of whole images, float32.
 
-  def __call__(
-    self,
-    images: Float[Array, "b h w c"],
-    t: Int[Array, "b"],
-    labels: Int[Array, "b"] | None = None,
-    mask: Mask | None = None,
-  ) -> dict[str, Float[Array, "b n p"]]:
-    """Predicts every head for every patch, [B, N, P * P * C]; arguments as in `Input`."""
-    return self.predict([Input(images, t, labels, mask)])[0]
+    Returns {"class": the mean of the class tokens [B, D], which is the paper's representation;
+    "mean": that of the patch tokens [B, D]; "patches": all of them side by side [B, N * D], which
+    keeps places apart}.
+    """
+    labels = jnp.full(len(t), self.num_classes, jnp.int32) if labels is None else labels
+    blocks = self.embed_condition(t, labels).blocks
+    (x,) = self.encoder([(self.encoder_input(images, None), with_front(blocks, self.class_tokens))])
+    rep, tokens = self.pool(x)
+    tokens = tokens.astype(jnp.float32)
+    return {
+      "class": rep,
+      "mean": tokens.mean(axis=1),
+      "patches": tokens.reshape(len(images), -1),
+    }
+
+
+def kept(cond: Float[Array, "b *n d"], mask: Mask | None) -> Float[Array, "b *n d"]:
+  """The condition of the tokens that are kept; unchanged where all tokens share one."""
+  return cond if mask is None or cond.ndim == 2 else gather(cond, mask.keep)
+
+
+def with_front(cond: Float[Array, "b *n d"], tokens: int) -> Float[Array, "b *n d"]:
+  """The condition with so many tokens in front of the patches: they see the mean of the patches'."""
+  if cond.ndim == 2:
+    return cond
+  front = jnp.broadcast_to(cond.mean(axis=1, keepdims=True), (len(cond), tokens, cond.shape[-1]))
+  return jnp.concatenate([front, cond], axis=1)

@@ -10,6 +10,7 @@ import numpy as np
 
 from umd.data import Source, load, train_batches
 from umd.data.image_sets import open_images
+from umd.models.network import grid
 from umd.runs import workdir
 from umd.runs.progress import format_seconds
 from umd.samplers import SAMPLERS
@@ -405,7 +406,8 @@ class Session:
   def random_mask(self, ratio: float, seed: int) -> np.ndarray:
     """bool [H, W]: that share of the model's patches, at least one and not all."""
     model, (height, width, _) = self._inference.model, self.model.image_size
-    (rows, columns), tokens = model.grid, model.tokens
+    rows, columns = grid(model)
+    tokens = rows * columns
     hidden = np.zeros(tokens, bool)
     count = min(max(1, round(ratio * tokens)), tokens - 1)
     hidden[np.random.default_rng(seed).permutation(tokens)[:count]] = True
@@ -464,7 +466,7 @@ class Session:
     return pictures_, ". ".join([share, *(note.rstrip(".") for note in notes)])
 
   def _hides_all(self, mask: np.ndarray) -> bool:
-    (rows, columns), (height, width) = self._inference.model.grid, mask.shape
+    (rows, columns), (height, width) = grid(self._inference.model), mask.shape
     tiles = mask.reshape(rows, height // rows, columns, width // columns)
     return bool(tiles.any(axis=(1, 3)).all())
 

@@ -9,11 +9,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from umd import samplers
-from umd.masks import Mask, mask_from_noise, patchify, unpatchify
-from umd.models.autoencoder import AutoEncoder
+from umd.masks import Mask, mask_from_noise, num_kept, patchify, unpatchify
+from umd.models.network import Network, feature_widths, num_tokens, predict
 from umd.paths import Path
-
-FEATURES = ("class", "mean", "patches")  # What `Inference.represent` returns.
 
 
 def example_keys(seed: int, index: Int[Array, "b"]) -> Array:
@@ -36,28 +34,27 @@ class Inference:
   """A model and its path; every method is a pure function of parameters and inputs.
 
   Attributes:
-    model: the auto-encoder.
+    model: the network.
     path: the noise path it was trained on.
   """
 
-  model: AutoEncoder
+  model: Network
   path: Path
+
+  def features(self) -> tuple[str, ...]:
+    """The names of what `represent` returns."""
+    return tuple(feature_widths(self.model))
 
   def represent(
     self, params, images: Float[Array, "b h w c"], keys: Array, t: int = 0
   ) -> dict[str, Float[Array, "b _"]]:
     """Representations of images noised to timestep t (0: clean), a key per example.
 
-    Returns {"class": [B, D], "mean": [B, D], "patches": [B, N * D]}: the mean of the class tokens,
-    which is the paper's representation; the mean of the patch tokens; and all patch tokens side by
-    side, which keeps places apart.
+    Returns what the network's `represent` does, {name: [B, D]}.
     """
     times = jnp.full(len(images), t, jnp.int32)
     x_t = self.path.combine("x_t", images, example_normal(keys, images.shape[1:]), times)
-    pooled, tokens = self.model.apply({"params": params}, x_t, times, method="represent")
-    tokens = tokens.astype(jnp.float32)
-    side_by_side = tokens.reshape(len(images), -1)
-    return {"class": pooled, "mean": tokens.mean(axis=1), "patches": side_by_side}
+    return self.model.apply({"params": params}, x_t, times, method="represent")
 
   def reconstruct(
     self,
@@ -78,14 +75,16 @@ class Inference:
     times = jnp.full(len(images), t, jnp.int32)
     noise_keys, mask_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     if mask is None:
-      noise = example_uniform(mask_keys, (self.model.tokens,))
-      mask = mask_from_noise(noise, self.model.keep(mask_ratio))
+      tokens = num_tokens(self.model)
+      noise = example_uniform(mask_keys, (tokens,))
+      mask = mask_from_noise(noise, num_kept(tokens, mask_ratio))
     x_t = self.path.combine("x_t", images, example_normal(noise_keys, images.shape[1:]), times)
-    filled = self.model.apply({"params": params}, x_t, times, None, mask)["x0"]
-    patch, size = self.model.shape.patch, images.shape[1:3]
-    where = jnp.broadcast_to(mask.masked[:, :, None], filled.shape)
-    tokens = jnp.where(where > 0, filled, patchify(images, patch))
-    return unpatchify(tokens, patch, size), unpatchify(where, patch, size)
+    filled = predict(self.model, params, x_t, times, None, mask)["x0"]
+    patch = self.model.patch
+    shape = patchify(images, patch).shape
+    masked = jnp.broadcast_to(mask.masked[:, :, None], shape)
+    where = unpatchify(masked, patch, images.shape[1:3])
+    return jnp.where(where > 0, filled, images), where
 
   def denoiser(
     self,
@@ -118,17 +117,16 @@ class Inference:
     low, high = np.array(guidance_interval) * path.timesteps
     low, high = int(np.ceil(low - 1e-6)), int(np.floor(high + 1e-6))
 
-    def predict(x_t, t, labels):
+    def prediction(x_t, t, labels):
       times = jnp.full(len(x_t), t, jnp.int32)
-      patches = model.apply({"params": params}, x_t, times, labels)[head]
-      return unpatchify(patches, model.shape.patch, x_t.shape[1:3])
+      return predict(model, params, x_t, times, labels)[head]
 
     def conditional(x_t, t):
-      return predict(x_t, t, labels)
+      return prediction(x_t, t, labels)
 
     def guided(x_t, t):
       null = jnp.full_like(labels, model.num_classes)
-      both = predict(jnp.concatenate([x_t, x_t]), t, jnp.concatenate([labels, null]))
+      both = prediction(jnp.concatenate([x_t, x_t]), t, jnp.concatenate([labels, null]))
       cond, uncond = jnp.split(both, 2)
       return uncond + scale * (cond - uncond)
 

@@ -20,11 +20,12 @@ from umd.codecs import codec
 from umd.codecs.codec import Codec, Weights, encode_examples
 from umd.devices.mesh import batch_sharding, make_mesh, put_batch, replicate, replicated, run_ahead
 from umd.devices.placement import on
-from umd.masks import mask_from_noise
+from umd.masks import mask_from_noise, num_kept
 from umd.metrics.quantize import check, quantize
+from umd.models.network import feature_widths, grid, num_tokens
 from umd.samplers import State, Trajectory
 from umd.trained import inputs, saved
-from umd.trained.inference import FEATURES, Inference
+from umd.trained.inference import Inference
 from umd.trained.inputs import Labels
 from umd.weights import safetensors
 
@@ -345,8 +346,8 @@ class Pretrained:
       batch_size: images at a time, over all devices.
     """
     images = inputs.as_images(images, self.image_size)
-    if features not in FEATURES:
-      raise ValueError(f"features={features!r} is not one of {FEATURES}.")
+    if features not in (known := list(feature_widths(self._model))):
+      raise ValueError(f"features={features!r} is not one of {known}.")
     if not 0 <= t <= self._timesteps:
       raise ValueError(f"t={t} must be in [0, timesteps={self._timesteps}].")
     program = self._programs.compiled("represent", features=features, t=t)
@@ -376,12 +377,12 @@ class Pretrained:
     self._check("reconstruct")
     images, model = inputs.as_images(images, self.image_size), self._model
     if mask is None:
-      if model.keep(mask_ratio) == model.tokens:
-        raise ValueError(f"mask_ratio={mask_ratio} masks none of {model.tokens} patches.")
+      if num_kept(num_tokens(model), mask_ratio) == num_tokens(model):
+        raise ValueError(f"mask_ratio={mask_ratio} masks none of {num_tokens(model)} patches.")
       program = self._programs.compiled("reconstruct", mask_ratio=mask_ratio, how=quantize)
       return self._programs.all(program, self._weights, seed, {"image": images}, batch_size)
     mask = inputs.as_mask(mask, self.image_size, len(images))
-    hidden = inputs.tiles(mask, model.grid).reshape(len(images), -1)
+    hidden = inputs.tiles(mask, grid(model)).reshape(len(images), -1)
     given = {"image": images, "hidden": hidden.astype(np.float32)}
     return self._programs.fill(self._weights, seed, given, batch_size, quantize)
 

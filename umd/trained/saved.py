@@ -13,9 +13,10 @@ from etils import epath
 from jax.sharding import Mesh
 
 from trainers import transfer
-from umd import objectives
+from umd import models, objectives
 from umd.codecs import codec
-from umd.models.autoencoder import AutoEncoder
+from umd.models import MODELS
+from umd.models.network import Network, feature_widths
 from umd.objectives import Stream
 from umd.paths import Path, make_path
 from umd.runs import checkpoint, integrity, workdir
@@ -59,7 +60,7 @@ class Run:
   """
 
   folder: str
-  model: AutoEncoder
+  model: Network
   inference: Inference
   streams: tuple[Stream, ...]
   config: Mapping
@@ -72,9 +73,7 @@ class Run:
     return opened
 
 
-def describe_model(
-  model: AutoEncoder, opened: codec.Codec, class_names: Sequence[str] = ()
-) -> dict:
+def describe_model(model: Network, opened: codec.Codec, class_names: Sequence[str] = ()) -> dict:
   """What `open_run` needs beside the config: it follows from the data and the VAE.
 
   Args:
@@ -108,8 +107,11 @@ def as_it_runs(model: Mapping) -> dict:
   What it leaves open is as suits a forward pass: a loop over layers, which compiles faster.
   """
   settings = {**model, "heads": tuple(model["heads"])}
-  settings["scan"] = settings.get("scan") != "false"
-  settings["remat"] = settings.get("remat", "none").replace("auto", "none")
+  known = {field.name for field in dataclasses.fields(MODELS[model["name"]])}
+  if "scan" in known:
+    settings["scan"] = settings.get("scan") != "false"
+  if "remat" in known:
+    settings["remat"] = settings.get("remat", "none").replace("auto", "none")
   return settings
 
 
@@ -133,7 +135,7 @@ def open_run(path: str, **settings) -> Run:
   checkpoint.param_shapes(path)
   settings = {**as_it_runs(config["model"]), **settings}
   size = tuple(about["image_size"])
-  model = AutoEncoder(image_size=size, num_classes=about["num_classes"], **settings)
+  model = models.make(image_size=size, num_classes=about["num_classes"], **settings)
   inference = Inference(model, make_path(**config["path"]))
   return Run(path, model, inference, objectives.make_streams(config["streams"]), config, about)
 
@@ -150,7 +152,7 @@ def check_expected(run: Run, expected: Mapping) -> None:
     "size": run.model.image_size[0] * run.about["pixels_per_place"],
     "adaln": {"adaln": "true", "adaln_shared": "shared", "token": "false"}[run.model.condition],
     "latent_diffusion": bool(run.config["latents"]),
-    "width": run.model.shape.width,
+    "width": feature_widths(run.model)["class"],
   }
   wrong = [f"{k}={v!r}, there {actual[k]!r}" for k, v in expected.items() if actual[k] != v]
   if wrong:
@@ -175,7 +177,7 @@ class Description:
   """A trained model without its weights; all of it can be written as JSON.
 
   Attributes:
-    model: arguments of `AutoEncoder`.
+    model: arguments of `umd.models.make`.
     path: arguments of `make_path`.
     streams: what it was trained on, as in a config.
     latents: arguments of `umd.codecs.codec.make`; {} for pixels.
@@ -194,7 +196,7 @@ class Description:
 
   def inference(self, **settings) -> Inference:
     """The model and its path; `settings` replace attributes of the model: dtype, remat."""
-    return Inference(AutoEncoder(**{**self.model, **settings}), make_path(**self.path))
+    return Inference(models.make(**{**self.model, **settings}), make_path(**self.path))
 
   def settings(self, given: Mapping, guided: bool) -> dict:
     """Arguments of `Inference.sample`: those given that are not None, else the model's own.
@@ -355,12 +357,12 @@ def _read_json(folder: str, name: str) -> dict | None:
   return found
 
 
-def _heads(model: AutoEncoder, path: Path) -> list[str]:
+def _heads(model: Network, path: Path) -> list[str]:
   """The heads from which samples can start, the best first."""
   return [h for h in HEADS if h in model.heads and not path.singular(h)[1:].any()]
 
 
-def _sampling(config: Mapping, model: AutoEncoder, path: Path) -> dict:
+def _sampling(config: Mapping, model: Network, path: Path) -> dict:
   """Settings of the run's own samples, or sensible ones if it drew none."""
   steps, heads = min(STEPS, path.timesteps), _heads(model, path)
   found = {**SAMPLING, "steps": steps, "head": (heads or model.heads)[0]}
@@ -386,7 +388,8 @@ def _of_run(folder: str, config: Mapping) -> Place:
     raise FileNotFoundError(f"{folder!r}: {ABOUT} is missing; it is written as a run starts.")
   settings = {**config["model"], "heads": tuple(config["model"]["heads"])}
   # The run's own are for training; of a forward pass a loop keeps nothing, and compiles faster.
-  settings |= {"scan": True, "remat": "none", "attention": "auto"}
+  forward = {"scan": True, "remat": "none", "attention": "auto"}
+  settings |= {name: value for name, value in forward.items() if name in settings}
   settings |= {"image_size": tuple(about["image_size"]), "num_classes": about["num_classes"]}
   description = Description(
     settings,
@@ -395,7 +398,7 @@ def _of_run(folder: str, config: Mapping) -> Place:
     config["latents"],
     about.get("vae_sha256", ""),
     tuple(about.get("class_names", ())),
-    _sampling(config, AutoEncoder(**settings), make_path(**config["path"])),
+    _sampling(config, models.make(**settings), make_path(**config["path"])),
   )
   return Place(folder, description, best=config["checkpoint"]["best"])
 
