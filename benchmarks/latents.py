@@ -51,7 +51,10 @@ def make_steps(args: argparse.Namespace, mesh) -> dict:
   image_size = (args.size, args.size, 3)
   seen = codec.model_size(image_size)
   model = models.make(image_size=seen, **saved.as_it_runs(config.model.to_dict()))
-  streams, path = objectives.make_streams(config.streams.to_dict()), make_path(**config.path.to_dict())
+  streams, path = (
+    objectives.make_streams(config.streams.to_dict()),
+    make_path(**config.path.to_dict()),
+  )
   loss, tx = Objective(model, path, streams, args.batch_size), optax.adamw(1e-4)
   init = functools.partial(network.init_params, model)
   fresh = lambda: init_state(init, tx, jax.random.key(0), mesh)
