@@ -47,7 +47,7 @@ def told():
 
 def test_both_stages_are_told_with_all_that_one_wants_to_know(told):
   first, second = told.split("[finetune]")
-  assert "[pretrain] trainer autoencoder" in first
+  assert "[pretrain] trainer diffusion" in first
   assert section(first, "data")[0].startswith("digits:train: 1,442 images, 8 x 8 x 1, 10 classes")
   assert "4 x cpu" in section(first, "devices")[0]
   assert "batch_size=32: 8 rows on each device" in section(first, "devices")
@@ -173,7 +173,7 @@ def test_evaluation_and_probe_of_a_run_are_told(trained):
     spec.update(name="digits", pp="")
   evaluation = describe.describe(config, str(workdir))
   assert section(evaluation, "starts from") == [f"the run in {workdir}/pretrain, ema weights"]
-  assert "nano/2: 8 x 8 x 1 in 16 patches" in section(evaluation, "model")[0]
+  assert "AutoEncoder: 8 x 8 x 1 in 16 patches" in section(evaluation, "model")[0]
   assert "cfg_scale=1.0" in section(evaluation, "samples")[0]  # It has no labels to be guided by.
   assert "once" in section(evaluation, "evaluation")[1]
   probe = ae_i1k_lp.get_config(f"{text},select_split=test,steps=9,lrs=0.1+1")
