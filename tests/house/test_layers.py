@@ -46,7 +46,7 @@ ROOMS = {
     *("umd.objectives", "umd.paths", "umd.runs", "umd.samplers", "umd.weights"),
   },
   "umd.report": {"umd.runs"},
-  "umd.serve": {"umd.data", "umd.runs", "umd.samplers", "umd.trained"},
+  "umd.serve": {"umd.data", "umd.models", "umd.runs", "umd.samplers", "umd.trained"},
   "umd": {"umd.trained"},
   "evaluators": {
     *(
