@@ -13,6 +13,7 @@ where it was stopped. Settings of sampling that are not given are the run's own.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -29,15 +30,11 @@ from umd.devices import distributed
 from umd.metrics.quantize import QUANTIZERS
 from umd.runs import workdir
 from umd.runs.progress import format_seconds, say
-from umd.samplers import SAMPLERS, SPACINGS
+from umd.samplers import Sampling
 from umd.trained import pictures, shards
 from umd.trained.inputs import ALL
 from umd.trained.model import BATCH, RESAMPLING, Pretrained, load
 
-SETTINGS = (
-  *("sampler", "steps", "head", "cfg_scale", "cfg_channels", "guidance_interval"),
-  *("spacing", "eta"),
-)
 NONE = "none"
 CLASSES, EACH, MANY = 10, 8, 64  # Unless it is said: so many classes, of each, without classes.
 
@@ -59,8 +56,8 @@ def choose_labels(model: Pretrained, text: str | None, num: int | None) -> tuple
 
 
 def settings_of(args: argparse.Namespace) -> dict:
-  """The settings of sampling that were given."""
-  return {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
+  """The settings of sampling; None stands for the run's own."""
+  return {field.name: getattr(args, field.name) for field in dataclasses.fields(Sampling)}
 
 
 def output_folder(args: argparse.Namespace, settings: dict) -> str:
@@ -82,7 +79,8 @@ def default_folder(args: argparse.Namespace) -> str:
 def draw(args: argparse.Namespace, model: Pretrained) -> None:
   """Many samples, into a folder that can be gone on with."""
   ids, num = choose_labels(model, args.labels, args.num)
-  used = model.check_sampling(None if ids is None else ids[:1], **settings_of(args))
+  sampling = model.check_sampling(None if ids is None else ids[:1], **settings_of(args))
+  used = dataclasses.asdict(sampling)
   settings = {
     **{"weights": model.weights, "step": model.step, "parameters": model.sha256[:16]},
     **{"num": num, "labels": None if ids is None else ids.tolist(), "seed": args.seed},
@@ -179,19 +177,23 @@ def checkpoint(text: str) -> int | str:
   return int(text) if text.isdigit() else text
 
 
-def add_sampling(add) -> None:
-  """Settings of sampling; those left out are the run's own."""
-  add("--sampler", choices=SAMPLERS, help="dpmpp_2m needs the fewest steps, see docs/sampling.md")
-  add("--steps", type=positive, help="of the sampler")
-  add("--head", help="that the sampler reads: eps, x0 or v")
-  add("--cfg_scale", type=float, help="classifier-free guidance; 1 is none")
-  add("--cfg_channels", type=int, help="guide the first so many channels only; 0: all")
-  add(
-    *("--guidance_interval",),
-    **dict(type=interval, metavar="LOW,HIGH", help="guide between these shares of T only"),
-  )
-  add("--spacing", choices=SPACINGS, help="of the steps: even in t, or denser where it is clean")
-  add("--eta", type=float, help="of ddim: 0 is deterministic, 1 ancestral")
+def boolean(text: str) -> bool:
+  """Reads true or false for argparse."""
+  return {"true": True, "false": False}[text.lower()]
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+  """Adds a flag for each setting of sampling."""
+  group = parser.add_argument_group("settings of sampling", "Those left out are the run's own.")
+  kinds = {bool: boolean, tuple[float, float]: interval}
+  for field in dataclasses.fields(Sampling):
+    within = field.metadata["within"]
+    group.add_argument(
+      f"--{field.name}",
+      type=kinds.get(field.type, field.type),
+      choices=within if isinstance(within, tuple) else None,
+      help=field.metadata["help"],
+    )
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -208,7 +210,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   add("--seed", type=natural, default=0, help="(0)")
   add("--batch_size", type=positive, default=BATCH, help=f"in each process ({BATCH})")
   add("--out", metavar="PATH", help="(a folder or file in DIR/samples)")
-  add_sampling(add)
+  add_sampling(parser)
   how = [name for name in QUANTIZERS if name != "none"]
   add("--quantize", choices=how, default="round", help="to 256 levels (round)")
   add("--grid", action="store_true", help="write a picture of some (unless --png or --npz)")

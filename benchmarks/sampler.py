@@ -9,6 +9,7 @@ Python loop over a compiled step. Quality is in `benchmarks.sampler_quality`.
 """
 
 import argparse
+import functools
 import itertools
 import statistics
 import sys
@@ -24,16 +25,16 @@ from umd import samplers
 from umd.models import network
 from umd.models.autoencoder import AutoEncoder
 from umd.paths import make_path
-from umd.samplers import SAMPLERS, evaluations
-from umd.trained.inference import Inference, example_keys
+from umd.samplers import SOLVERS, Sampling
+from umd.samplers.keys import example_keys
+from umd.trained.inference import Inference
 
 CLASSES, TIMESTEPS = 1000, 1000
 
 
-def plain(inference: Inference, settings: dict) -> Callable:
-  """`sample(params, keys, labels)` the plain way, and nothing compiled but a step."""
-  model, path = inference.model, inference.path
-  make, scale = SAMPLERS[settings["sampler"]], settings["cfg_scale"]
+def plain(inference: Inference, sampling: Sampling) -> Callable:
+  """Makes `sample(params, keys, labels)` the plain way: nothing is compiled but a step."""
+  model, path, scale = inference.model, inference.path, sampling.cfg_scale
 
   def predict(params, x, t, labels):
     return network.predict(model, params, x, jnp.full(len(x), t, jnp.int32), labels)["eps"]
@@ -47,13 +48,14 @@ def plain(inference: Inference, settings: dict) -> Callable:
         eps = null + scale * (eps - null)
       return path.invert("eps", eps, x, t)
 
-    return make(samplers.clip_x0(denoise, path), path).step(state, keys, t, s)[0]
+    return samplers.make_sampler(sampling, denoise, path).step(state, keys, t, s)[0]
 
   def sample(params, keys, labels):
     x, keys = inference.noise(keys)
-    way = make(lambda x, t: (x, x), path)  # Its denoiser is never asked.
-    state, ts = way.start(x), way.timesteps(settings["steps"])
-    for t, s in itertools.pairwise(ts):
+    # The denoiser of this one is never asked.
+    sampler = samplers.make_sampler(sampling, lambda x, t: (x, x), path)
+    state = sampler.start(x)
+    for t, s in itertools.pairwise(sampler.times):
       state = step(params, state, keys, labels, t, s)
     return state.x
 
@@ -70,15 +72,16 @@ def speed(args: argparse.Namespace) -> list[dict]:
   rows, ways, seconds = {}, {}, {}
   for scale in args.cfg_scale:
     settings = dict(sampler=args.sampler, steps=args.steps, cfg_scale=scale)
-    whole = jax.jit(lambda *given, settings=settings: inference.sample(*given, **settings))
-    for kind, way in (("umd", whole), ("plain", plain(inference, settings))):
+    sampling = Sampling(**settings)
+    whole = jax.jit(functools.partial(inference.sample, sampling=sampling))
+    for kind, way in (("umd", whole), ("plain", plain(inference, sampling))):
       start = time.perf_counter()
       jax.block_until_ready(way(*given))
       ways[kind, scale], seconds[kind, scale] = way, []
       rows[kind, scale] = {
         "way": kind,
         **settings,
-        "evaluations": evaluations(args.sampler, args.steps),
+        "evaluations": SOLVERS[args.sampler].evaluations(args.steps),
         "first_seconds": time.perf_counter() - start,
       }
   for _ in range(args.repeats):  # In turns: what slows the machine down slows all.
@@ -126,7 +129,7 @@ def main(argv: list[str]) -> None:
   add("--variant", default="Ti/4", help="of the model with random weights (Ti/4)")
   add("--size", type=positive, default=32, help="side of its images in pixels (32)")
   add("--batch_size", type=positive, default=16, help="images at a time, for speed (16)")
-  add("--sampler", choices=SAMPLERS, default="ddim", help="for speed (ddim)")
+  add("--sampler", choices=SOLVERS, default="ddim", help="for speed (ddim)")
   add("--steps", type=positive, default=125, help="for speed; of the standard DDIM (125)")
   add("--cfg_scale", type=float, nargs="+", default=[1.0, 1.5], help="guidance (1 1.5)")
   add("--repeats", type=positive, default=3, help="medians are over so many (3)")

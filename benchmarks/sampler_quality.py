@@ -21,7 +21,7 @@ from evaluators.generation import Classifier
 from umd import load
 from umd.devices.mesh import make_mesh
 from umd.runs import workdir
-from umd.samplers import SAMPLERS, SPACINGS, evaluations
+from umd.samplers import SOLVERS, SPACINGS
 from umd.trained.model import Pretrained
 
 WAYS = (
@@ -40,9 +40,9 @@ def parse(ways: list[str] | None) -> Iterator[tuple[str, str]]:
   """
   for way in ways or WAYS:
     sampler, _, spacing = way.partition(":")
-    if sampler not in SAMPLERS or (spacing and spacing not in SPACINGS):
+    if sampler not in SOLVERS or (spacing and spacing not in SPACINGS):
       raise ValueError(
-        f"--samplers={way!r} must be SAMPLER or SAMPLER:SPACING, of {list(SAMPLERS)} and "
+        f"--samplers={way!r} must be SAMPLER or SAMPLER:SPACING, of {list(SOLVERS)} and "
         f"{list(SPACINGS)}."
       )
     yield sampler, spacing or "uniform"
@@ -94,7 +94,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
   if args.num < 2:
     raise ValueError(f"--num={args.num} must be at least 2: one sample has no distribution.")
   most = model.description.inference().path.timesteps
-  scales = sorted({1.0, model.sampling["cfg_scale"]})
+  scales = sorted({1.0, model.sampling.cfg_scale})
   names = ("cfg", "sampler", "spacing", "evaluations", "error", "frechet", "deviation")
   print(("{:>6}{:>10}{:>11}" + "{:>13}" * 4).format(*names))
   rows = []
@@ -110,7 +110,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
           given = dict(sampler=sampler, steps=steps, spacing=spacing)
           error = np.sqrt(np.square(sample(COMPARED, 0, **given) - exact).mean())
           values = [frechet(sample(args.num, seed, **given)) for seed in range(args.seeds)]
-          row = {"cfg_scale": scale, **given, "evaluations": evaluations(sampler, steps)}
+          row = {"cfg_scale": scale, **given, "evaluations": SOLVERS[sampler].evaluations(steps)}
           row |= {"error": float(error), "frechet": values}
           rows.append(row)
           spread = np.std(values, ddof=1) if len(values) > 1 else np.nan

@@ -235,7 +235,18 @@ def records(a, log_every: int, checkpoint_every: int) -> dict:
 
 
 def sampling(*, steps: int, cfg_scale: float, path: str = "", **options) -> dict:
-  """Arguments of `umd.trained.inference.Inference.sample`; `options` come on top."""
+  """Fields of `umd.samplers.Sampling`; `options` replace its defaults."""
   # At the end of the flow path x_t is all noise: eps is no news there, x0 is.
   head = "x0" if path == "flow" else "eps"
-  return dict(sampler="ddim", steps=steps, cfg_scale=cfg_scale, head=head) | options
+  defaults = dict(
+    sampler="ddim",
+    steps=steps,
+    spacing="uniform",
+    eta=0.0,
+    head=head,
+    cfg_scale=cfg_scale,
+    cfg_channels=0,
+    guidance_interval=(0.0, 1.0),
+    clip_x0=True,
+  )
+  return defaults | options

@@ -15,7 +15,8 @@ from umd.devices.mesh import batch_sharding, local_rows, replicated, run_ahead
 from umd.devices.placement import gathered_at_once, on
 from umd.objectives import Stream
 from umd.runs import preemption, progress
-from umd.trained.inference import Inference, example_keys
+from umd.samplers.keys import example_keys
+from umd.trained.inference import Inference
 
 
 def say(text: str) -> None:

@@ -9,8 +9,8 @@ from evaluators.context import Context
 from umd.metrics import knn as neighbours
 from umd.metrics.ridge import Ridge
 from umd.runs import progress
+from umd.samplers.keys import example_keys
 from umd.state import TrainState
-from umd.trained.inference import example_keys
 
 PROTOCOLS = ("strict", "umd")
 UMD_L2 = 1024.0

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -18,8 +17,9 @@ from umd.metrics import features as extraction
 from umd.models.network import param_shapes
 from umd.runs import progress
 from umd.runs.writers import Images, to_grid
+from umd.samplers import Sampling
+from umd.samplers.keys import example_keys, example_normal
 from umd.state import TrainState
-from umd.trained.inference import Inference, example_keys, example_normal
 from umd.weights.download import INCEPTION
 
 KEPT = 10_000  # Reference images whose features are kept, as many as in ADM's files.
@@ -232,13 +232,6 @@ def make(features: str, context: Context, num: int, settings: Mapping) -> dict[s
   return {name: kinds[name](context, num, **settings[name]) for name in names}
 
 
-SAMPLING = {
-  name: parameter.default
-  for name, parameter in inspect.signature(Inference.sample).parameters.items()
-  if parameter.default is not parameter.empty
-}
-
-
 class Evaluator:
   """Draws `num` samples from the EMA weights, the classes in turn, and judges them.
 
@@ -293,7 +286,7 @@ class Evaluator:
     Args:
       context: shared by all evaluators.
       num: number of samples; a multiple of the number of classes.
-      sampling: arguments of `umd.trained.inference.Inference.sample`.
+      sampling: fields of `umd.samplers.Sampling`.
       features: "classifier", "inception", or both joined by "+".
       train, test: specs of labelled data, for the classifier.
       reference, weights, quantize, metrics: for Inception, see `evaluators.generation.Inception`.
@@ -305,8 +298,9 @@ class Evaluator:
       FileNotFoundError: data, reference or weights that are not there.
     """
     self._context, self._num, self._scale = context, num, scale
-    # Unless it is said: latents have no bounds.
-    self._sampling = {**SAMPLING, "clip_x0": context.codec.bounded, **sampling}
+    sampling = Sampling().updated(sampling)
+    clip_x0 = sampling.clip_x0 and context.codec.bounded  # Latents have no bounds.
+    self._sampling = dataclasses.replace(sampling, clip_x0=clip_x0)
     self._classes = classes = context.inference.model.num_classes
     if num < 2 or (classes and num % classes):
       raise ValueError(
@@ -328,7 +322,7 @@ class Evaluator:
     keys = example_keys(self._context.seed, batch["index"])
     labels = batch["index"] % self._classes if self._classes else None
     context = self._context
-    made = context.inference.sample(weights.model, keys, labels, **self._sampling)
+    made = context.inference.sample(weights.model, keys, labels, self._sampling)
     return jnp.clip(context.codec.decode(weights.codec, made), -1.0, 1.0)
 
   def _try_out(self) -> None:
@@ -366,8 +360,8 @@ class Evaluator:
     found = self._context.map_positions(self._draw, params, self._num, "samples", listen)
     for name, judge in self._judges.items():
       yield from judge.measure(found, listeners[name])
-    yield "sampler", "{sampler}, {steps} steps".format(**self._sampling)
-    yield "cfg_scale", float(self._sampling["cfg_scale"])
+    yield "sampler", f"{self._sampling.sampler}, {self._sampling.steps} steps"
+    yield "cfg_scale", float(self._sampling.cfg_scale)
     yield "images", to_grid(found["image"], self._columns, self._scale)
 
 

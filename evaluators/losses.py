@@ -10,8 +10,8 @@ from evaluators.context import Context, Weights, count
 from umd.models.network import num_tokens
 from umd.objectives import TIMESTEPS, Draw, Stream, score
 from umd.runs.checkpoint import WEIGHTS
+from umd.samplers.keys import example_keys, example_normal, example_uniform
 from umd.state import TrainState
-from umd.trained.inference import example_keys, example_normal, example_uniform
 
 
 class Evaluator:

@@ -14,8 +14,8 @@ from umd.masks import num_kept
 from umd.models.network import num_tokens
 from umd.runs import progress
 from umd.runs.writers import Images, to_grid
+from umd.samplers.keys import example_keys
 from umd.state import TrainState
-from umd.trained.inference import example_keys
 
 
 class Evaluator:

@@ -8,6 +8,7 @@ public name, that VAE. `umd.load` opens it, and so does python -m sample.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import shlex
@@ -110,7 +111,7 @@ def _facts(place: Place, config: Mapping) -> str:
     "streams": json.dumps(dict(about.streams)),
     "sees": f"latents of the VAE {about.latents['vae']!r}" if about.latents else "pixels",
     "data": f"{data['name']}, split {data['split']}, {data['pp'] or 'as it is'}",
-    "samples": json.dumps(dict(about.sampling)),
+    "samples": json.dumps(dataclasses.asdict(about.sampling)),
   }
   return "\n".join(f"| {key} | `{_cell(value)}` |" for key, value in shown.items())
 

@@ -24,8 +24,9 @@ from umd.metrics import linear_probe
 from umd.models.network import feature_widths
 from umd.runs import workdir as folder
 from umd.runs.checkpoint import load_params
+from umd.samplers.keys import example_keys
 from umd.trained import saved
-from umd.trained.inference import Inference, example_keys
+from umd.trained.inference import Inference
 
 HARMLESS = ("checkpoint", "data.max_bad", "eval_every", "log_every", "summary", "wandb")
 STATISTICS = ("top1", "top5")

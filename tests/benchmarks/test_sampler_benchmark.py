@@ -12,25 +12,27 @@ import pytest
 from benchmarks import sampler, sampler_quality
 from umd import samplers
 from umd.paths import make_path
-from umd.trained.inference import Inference, example_keys
+from umd.samplers.keys import example_keys
+from umd.trained.inference import Inference
 
 
 @pytest.mark.parametrize("name, cfg_scale", [("ddim", 1.0), ("dpmpp_2m", 2.5)])
 def test_the_plain_way_draws_the_same_images(nano, name, cfg_scale):
   model, params = nano(num_classes=10)
   inference = Inference(model, make_path("cosine", 20))
-  settings = dict(sampler=name, steps=3, cfg_scale=cfg_scale)
+  sampling = samplers.Sampling(sampler=name, steps=3, cfg_scale=cfg_scale)
   given = params, example_keys(0, jnp.arange(2)), jnp.array([3, 7])
-  ours = jax.jit(lambda *given: inference.sample(*given, **settings))(*given)
-  np.testing.assert_allclose(sampler.plain(inference, settings)(*given), ours, atol=1e-3)
+  ours = jax.jit(lambda *given: inference.sample(*given, sampling))(*given)
+  np.testing.assert_allclose(sampler.plain(inference, sampling)(*given), ours, atol=1e-3)
   assert np.std(ours) > 0.1
 
 
-@pytest.mark.parametrize("name", samplers.SAMPLERS)
+@pytest.mark.parametrize("name", samplers.SOLVERS)
 def test_no_sampler_is_given_more_evaluations_than_are_on_its_row(name):
   for wanted in (1, 2, 5, 10, 125):
     steps = sampler_quality.steps_for(name, wanted)
-    assert samplers.evaluations(name, steps) <= wanted < samplers.evaluations(name, steps + 1)
+    evaluations = samplers.SOLVERS[name].evaluations
+    assert evaluations(steps) <= wanted < evaluations(steps + 1)
 
 
 def test_samplers_to_compare_are_named_with_their_spacing():

@@ -15,7 +15,7 @@ from umd.codecs.codec import Latents, Pixels, encode_batch
 from umd.codecs.vae import KLAutoEncoder
 from umd.data import from_arrays
 from umd.devices.mesh import make_mesh, put_batch
-from umd.trained.inference import example_keys
+from umd.samplers.keys import example_keys
 
 NETWORK = KLAutoEncoder(SMALL)
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (8, 12, 8, 3)).astype(np.float32)

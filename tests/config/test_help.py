@@ -15,7 +15,7 @@ from trainers.config import help
 from umd.metrics.quantize import QUANTIZERS
 from umd.paths import PATHS
 from umd.runs.checkpoint import WEIGHTS
-from umd.samplers import SAMPLERS
+from umd.samplers import SOLVERS
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 SHARED = {"common", "images", "two_stages"}  # Parts of configs.
@@ -71,7 +71,7 @@ def test_the_choices_that_a_meaning_lists_are_those_that_there_are():
     "quantize": QUANTIZERS,
     "weights": WEIGHTS,
     "init_weights": WEIGHTS,
-    "sampler": SAMPLERS,
+    "sampler": SOLVERS,
     "wandb_mode": ("online", "offline", "disabled"),
   }
   checked = set()

@@ -14,7 +14,8 @@ from evaluators.fewshot import check_shots, draw_shots
 from umd.data import Source, from_arrays
 from umd.devices.mesh import make_mesh
 from umd.paths import make_path
-from umd.trained.inference import Inference, example_keys
+from umd.samplers.keys import example_keys
+from umd.trained.inference import Inference
 
 CLASSES = 4
 

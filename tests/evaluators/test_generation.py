@@ -36,7 +36,7 @@ class Artist:
     self._lies = lies
     self._known = jnp.stack([IMAGES[np.equal(LABELS, c)][:30] for c in range(10)])
 
-  def sample(self, params, keys, labels, **settings):
+  def sample(self, params, keys, labels, sampling):
     pick = jax.vmap(lambda key: jax.random.randint(key, (), 0, 30))(keys)
     assert (labels is None) == (self.model.num_classes == 0)
     if labels is None:

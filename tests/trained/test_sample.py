@@ -1,5 +1,6 @@
 """The program that samples: what it writes, going on where it was stopped, its errors."""
 
+import dataclasses
 import itertools
 import os
 from pathlib import Path
@@ -15,6 +16,7 @@ import sample
 from tools.evaluate_samples import open_side
 from umd import load
 from umd.runs import workdir
+from umd.samplers import Sampling
 from umd.trained import model as pretrained
 from umd.trained import shards
 
@@ -223,8 +225,12 @@ def test_trajectories_are_animations_that_end_in_the_samples(run, tmp_path, kind
 
 def test_flags_of_sampling_are_its_settings():
   flags = "--sampler dpmpp_2m --spacing logsnr --steps 9 --head x0 --cfg_channels 1"
+  flags += " --guidance_interval 0.1,0.8 --clip_x0 false"
   given = sample.settings_of(sample.parse(["--workdir", "x", *flags.split()]))
-  assert given == dict(sampler="dpmpp_2m", spacing="logsnr", steps=9, head="x0", cfg_channels=1)
+  wanted = dict(sampler="dpmpp_2m", spacing="logsnr", steps=9, head="x0", cfg_channels=1)
+  wanted |= dict(guidance_interval=(0.1, 0.8), clip_x0=False)
+  assert {k: v for k, v in given.items() if v is not None} == wanted
+  assert given.keys() == {field.name for field in dataclasses.fields(Sampling)}
   with pytest.raises(SystemExit):
     sample.parse(["--workdir", "x", "--spacing", "log"])
 

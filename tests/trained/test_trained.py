@@ -18,10 +18,11 @@ from umd import load
 from umd.codecs import codec
 from umd.devices.mesh import make_mesh
 from umd.metrics.quantize import quantize
+from umd.samplers import Sampling
+from umd.samplers.keys import example_keys
 from umd.trained import inputs, saved
 from umd.trained import model as pretrained
 from umd.trained import model as programs
-from umd.trained.inference import example_keys
 
 N = 6
 IMAGES = np.random.default_rng(0).integers(0, 256, (N, *SIZE), dtype=np.uint8)
@@ -76,11 +77,12 @@ def test_weights_are_chosen_by_kind_and_step(workdir, model, given, seed):
 
 
 def test_samples_are_made_as_the_run_made_its_own_unless_it_is_said(model):
-  own = {"sampler": "ddim", "steps": STEPS, "head": "eps", "cfg_scale": 2.0}
-  assert own.items() <= model.sampling.items()
+  assert model.sampling == Sampling(sampler="ddim", steps=STEPS, head="eps", cfg_scale=2.0)
   assert model.check_sampling("all") == model.sampling
-  assert model.check_sampling()["cfg_scale"] == 1.0  # Nothing to guide by.
-  assert model.check_sampling(3, steps=2, cfg_scale=None) == model.sampling | {"steps": 2}
+  assert model.check_sampling().cfg_scale == 1.0  # Nothing to guide by.
+  assert model.check_sampling(3, steps=2, cfg_scale=None) == dataclasses.replace(
+    model.sampling, steps=2
+  )
 
 
 def test_representations_are_those_of_inference(model):
@@ -125,7 +127,7 @@ def test_a_mask_of_pixels_hides_whole_patches_and_what_is_below_them(model):
 
 def test_samples_are_those_of_inference(model):
   params = pretrained_runs.params_of(model.description.inference().model, 7)
-  draw = oracle(model, "sample", **model.sampling)
+  draw = oracle(model, "sample", sampling=model.sampling)
   keys, labels = example_keys(3, jnp.arange(8)), jnp.array([3, 7] * 4)
   wanted = np.asarray(quantize(draw(params, keys, labels), "round"))
   for labels in ([3, 7], ["three", "7"], np.array([3, 7])):
@@ -179,7 +181,7 @@ def test_steps_show_the_way_that_a_trajectory_has_and_compile_once(model):
   assert [d.step for d in few] == [3, 6, 7] and few[-1].t == 0
   again = {key: p for key, p in model._programs._compiled.items() if key[0] == "advance"}
   assert again.keys() == programs.keys()  # Neither numbers nor places of steps are in a program.
-  own = next(p for key, p in again.items() if ("sampler", "ddim") in key)
+  own = next(p for key, p in again.items() if dict(key[1:])["sampling"].sampler == "ddim")
   assert own._cache_size() == 1
   samples = model.sample(**given, steps=7, spacing="quadratic")
   assert np.abs(few[-1].x0.astype(int) - samples).max() <= 1
@@ -227,7 +229,7 @@ def test_a_model_of_latents_takes_and_gives_pixels(latent_model, monkeypatch):
   images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
   mask = np.zeros((16, 16), bool)
   mask[3:8, 5] = True
-  assert latent_model.image_size == (16, 16, 3) and not latent_model.sampling["clip_x0"]
+  assert latent_model.image_size == (16, 16, 3) and not latent_model.sampling.clip_x0
   made = latent_model.inpaint(images, mask, 3, resampling=1, steps=2)
   np.testing.assert_array_equal(made[:, ~mask], images[:, ~mask])
   assert (made[:, mask] != images[:, mask]).any()
@@ -261,11 +263,11 @@ def test_a_model_of_latents_takes_and_gives_pixels(latent_model, monkeypatch):
     (lambda m: m.sample([1.5]), r"label 1\.5 must be in 0\.\.9"),
     (lambda m: m.sample(1, num=0), r"num=0 must be at least 1"),
     (lambda m: m.sample(1, spacing="log"), r"spacing='log' is not one of \['uniform'"),
-    (lambda m: m.sample(1, sampler="ab2", eta=0.5), r"options \['eta'\].*'ab2'.*'spacing'"),
+    (lambda m: m.sample(1, sampler="ab2", eta=0.5), r"eta=0\.5: sampler='ab2' takes no eta"),
     (lambda m: m.steps(1, every=0), r"every=0 must be at least 1"),
     (lambda m: m.steps(1, seed=-1), r"seed=-1 must be in"),
     (lambda m: m.steps(1, steps=T + 1), rf"steps={T + 1} must be in \[1, timesteps={T}\]"),
-    (lambda m: m.sample(1, stps=3), r"Unknown sampling options \['stps'\].*'eta'"),
+    (lambda m: m.sample(1, stps=3), r"'stps'\. Did you mean 'steps'.*'eta'"),
     (lambda m: m.sample(1, steps=T + 1), rf"steps={T + 1} must be in \[1, timesteps={T}\]"),
     (lambda m: m.sample(cfg_scale=2.0), r"cfg_scale=2\.0 guides by labels"),
     (lambda m: m.sample(1, quantize="floor"), r"quantize='floor' is not one of"),

@@ -22,8 +22,8 @@ from umd.models.layers.blocks import CONDITIONS, REMAT
 from umd.objectives import Stream, Term
 from umd.paths import make_path
 from umd.runs.checkpoint import WEIGHTS, Retention
+from umd.samplers import Sampling
 from umd.state import Guard
-from umd.trained.inference import Inference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,10 +267,11 @@ DATA = Section(
   )
 )
 SAMPLING = Section(
-  arguments(
-    Inference.sample, "self", "params", "keys", "labels", steps=COUNT, cfg_scale="[0, inf)"
-  ),
-  others=True,
+  {
+    field.name: Field(field.type, field.metadata["within"], field.metadata["help"])
+    for field in dataclasses.fields(Sampling)
+  },
+  build=lambda **given: Sampling().updated(given),
 )
 MODEL = Section(
   {"name": Field(str, tuple(MODELS), "The network.")}

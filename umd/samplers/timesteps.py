@@ -66,12 +66,6 @@ SPACINGS: Mapping[str, Callable[[Path, int], np.ndarray]] = {
 }
 
 
-def check_spacing(spacing: str) -> None:
-  """Raises ValueError unless `spacing` is a key of SPACINGS."""
-  if spacing not in SPACINGS:
-    raise ValueError(f"spacing={spacing!r} is not one of {list(SPACINGS)}.")
-
-
 def step_schedule(steps: int, path: Path, spacing: str = "uniform") -> np.ndarray:
   """S + 1 strictly decreasing timesteps from T to 0, int32.
 
@@ -81,9 +75,8 @@ def step_schedule(steps: int, path: Path, spacing: str = "uniform") -> np.ndarra
     spacing: key of SPACINGS, whose timesteps are rounded and kept at least 1 apart.
 
   Raises:
-    ValueError: not 1 <= steps <= T, or the spacing is unknown.
+    ValueError: not 1 <= steps <= T.
   """
-  check_spacing(spacing)
   if not 1 <= steps <= path.timesteps:
     raise ValueError(f"steps={steps} must be in [1, timesteps={path.timesteps}].")
   places = np.arange(steps + 1)

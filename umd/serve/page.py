@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import gradio as gr
 import numpy as np
 
-from umd.samplers import SAMPLERS, SPACINGS
+from umd.samplers import SOLVERS, SPACINGS
 from umd.serve import about, session
 from umd.serve import session as canvas
 from umd.serve.session import NONE, Session
@@ -121,14 +121,14 @@ def _advanced_fields(page: Session) -> list:
     return [
       gr.Dropdown(
         list(SPACINGS),
-        value=own.get("spacing", "uniform"),
+        value=own.spacing,
         label="Spacing of the steps",
         info="Even in t, or denser where the image is clean",
       ),
-      gr.Slider(0, 1, own.get("eta", 0), step=0.05, label="Eta", info="Fresh noise, of ddim only"),
-      gr.Dropdown(page.heads, value=own["head"], label="Head that is read"),
+      gr.Slider(0, 1, own.eta, step=0.05, label="Eta", info="Fresh noise, of ddim only"),
+      gr.Dropdown(page.heads, value=own.head, label="Head that is read"),
       gr.Slider(
-        *(0, channels, own["cfg_channels"]),
+        *(0, channels, own.cfg_channels),
         step=1,
         label="Guided channels",
         info="The first so many; 0: all",
@@ -147,13 +147,13 @@ def sample_tab(page: Session) -> None:
       seed = seed_field()
       with gr.Accordion("Sampler", open=False):
         scale = gr.Slider(
-          0, 10, own["cfg_scale"], step=0.1, label="Guidance scale", info="1: none", visible=guided
+          0, 10, own.cfg_scale, step=0.1, label="Guidance scale", info="1: none", visible=guided
         )
-        low, high = own["guidance_interval"]
+        low, high = own.guidance_interval
         low = gr.Slider(0, 1, low, step=0.05, label="Guide from (share of T)", visible=guided)
         high = gr.Slider(0, 1, high, step=0.05, label="Guide to (share of T)", visible=guided)
-        sampler = gr.Dropdown(list(SAMPLERS), value=own["sampler"], label="Sampler")
-        steps = gr.Slider(1, min(page.timesteps, STEPS), own["steps"], step=1, label="Steps")
+        sampler = gr.Dropdown(list(SOLVERS), value=own.sampler, label="Sampler")
+        steps = gr.Slider(1, min(page.timesteps, STEPS), own.steps, step=1, label="Steps")
         # Frames of a model of latents have to be decoded.
         latents = bool(page.model.description.latents)
         watch = gr.Checkbox(not latents, label="Show the denoising")
@@ -237,7 +237,7 @@ def _diffusion_fields(page: Session) -> list:
       class_field(page, several=False),
       gr.Slider(0, session.FILLED, 2 if usable else 0, step=1, label="Number of fillings"),
       seed_field(),
-      gr.Slider(1, most, min(page.model.sampling["steps"], most), step=1, label="Steps"),
+      gr.Slider(1, most, min(page.model.sampling.steps, most), step=1, label="Steps"),
       gr.Slider(
         *(1, session.RESAMPLED, session.RESAMPLING),
         step=1,

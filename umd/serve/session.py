@@ -13,7 +13,7 @@ from umd.data.image_sets import open_images
 from umd.models.network import grid
 from umd.runs import workdir
 from umd.runs.progress import format_seconds
-from umd.samplers import SAMPLERS
+from umd.samplers import Sampling
 from umd.trained import pictures
 from umd.trained.inputs import ALL
 from umd.trained.model import Pretrained
@@ -338,14 +338,10 @@ class Session:
 
   def _settings(
     self, labels, cfg_scale, low, high, sampler, steps, spacing="", eta=None, head="", channels=None
-  ) -> dict:
+  ) -> Sampling:
     """Settings of sampling, checked before anything is compiled."""
     given = dict(sampler=sampler or None, steps=steps and _whole("steps", steps, 1, self.timesteps))
-    if sampler and sampler not in SAMPLERS:
-      raise ValueError(f"sampler={sampler!r} is not one of {', '.join(SAMPLERS)}.")
-    given |= dict(spacing=spacing or None, head=head or None)
-    if eta or (sampler or self.model.sampling["sampler"]) == "ddim":  # Others take none.
-      given["eta"] = eta
+    given |= dict(spacing=spacing or None, head=head or None, eta=eta)
     if labels is not None:  # Else there is nothing to guide by.
       if channels is not None:
         given["cfg_channels"] = _whole("cfg_channels", channels, 0, self.channels)
@@ -354,7 +350,7 @@ class Session:
       interval = None if None in (low, high) else (float(low), float(high))
       given |= dict(cfg_scale=cfg_scale, guidance_interval=interval)
     some = None if labels is None else labels[:1]
-    return self.model.check_sampling(some, **{k: v for k, v in given.items() if v is not None})
+    return self.model.check_sampling(some, **given)
 
   def sample(
     self,
@@ -390,16 +386,16 @@ class Session:
     seed = _whole("seed", seed, 0, 2**32 - 1)
     rest = (spacing, eta, head, cfg_channels)
     settings = self._settings(ids, cfg_scale, low, high, sampler, steps, *rest)
-    columns, start, total = _columns(num, ids), time.monotonic(), settings["steps"]
+    columns, start, total = _columns(num, ids), time.monotonic(), settings.steps
     with self._lock:
       if watch:
-        every = math.ceil(total / FRAMES)
-        for step, t, made in self.model.steps(ids, num, seed=seed, every=every, **settings):
+        given = dict(seed=seed, every=math.ceil(total / FRAMES), **dataclasses.asdict(settings))
+        for step, t, made in self.model.steps(ids, num, **given):
           text = f"Step {step} of {total}: what the model makes out, t = {t}"
           if t:
             yield _grid(made, columns), text
       else:
-        made = self.model.sample(ids, num, seed=seed, **settings)
+        made = self.model.sample(ids, num, seed=seed, **dataclasses.asdict(settings))
     seconds = time.monotonic() - start
     yield _grid(made, columns), f"{_told(num, 'sample', settings)}, {format_seconds(seconds)}"
 
@@ -458,7 +454,7 @@ class Session:
         filled, _ = self.model.reconstruct(image, mask=mask)
         shown.append((filled[0], "reconstruction"))
       if diffuse:
-        given = dict(seed=seed, resampling=resampling, **settings)
+        given = dict(seed=seed, resampling=resampling, **dataclasses.asdict(settings))
         made = self.model.inpaint(image, mask, ids, num, **given)
         shown += [(x, f"diffusion {i + 1}") for i, x in enumerate(made)]
     share = f"{mask.mean():.0%} masked, {format_seconds(time.monotonic() - start)}"
@@ -504,12 +500,12 @@ class Session:
       raise ValueError(f"This model cannot do that: {reason}.")
 
 
-def _told(num: int, what: str, settings: dict) -> str:
+def _told(num: int, what: str, settings: Sampling) -> str:
   """What was drawn, in words."""
-  shown = f"{num} {what}{'s' if num > 1 else ''}: {settings['sampler']}, {settings['steps']} steps"
-  if settings["cfg_scale"] != 1:
-    shown += f", guidance {settings['cfg_scale']:g}"
-    if settings["guidance_interval"] != (0, 1):
-      low, high = settings["guidance_interval"]
+  shown = f"{num} {what}{'s' if num > 1 else ''}: {settings.sampler}, {settings.steps} steps"
+  if settings.cfg_scale != 1:
+    shown += f", guidance {settings.cfg_scale:g}"
+    if settings.guidance_interval != (0, 1):
+      low, high = settings.guidance_interval
       shown += f" from {low:g} to {high:g} of T"
   return shown

@@ -23,7 +23,8 @@ from umd.devices.placement import on
 from umd.masks import mask_from_noise, num_kept
 from umd.metrics.quantize import check, quantize
 from umd.models.network import feature_widths, grid, num_tokens
-from umd.samplers import State, Trajectory
+from umd.samplers import Sampling, State, Trajectory
+from umd.samplers.keys import fold
 from umd.trained import inputs, saved
 from umd.trained.inference import Inference
 from umd.trained.inputs import Labels
@@ -72,7 +73,7 @@ class Programs:
 
   def represent(self, weights: Weights, key, rows, *, features: str, t: int):
     """[B, D] of rows {image}."""
-    keys = self._keys(key, rows)
+    keys = fold(key, rows["index"])
     seen = self._encode(weights, keys, to_floats(rows["image"]))
     return self.inference.represent(weights.model, seen, keys, t)[features]
 
@@ -84,7 +85,7 @@ class Programs:
     Hides a random share of patches or, with `keep`, those that rows {hidden [B, N]} say, of which
     so many are not hidden.
     """
-    keys, images = self._keys(key, rows), to_floats(rows["image"])
+    keys, images = fold(key, rows["index"]), to_floats(rows["image"])
     mask = mask_from_noise(rows["hidden"], keep) if keep else None
     seen = self._encode(weights, keys, images)
     filled, masked = self.inference.reconstruct(weights.model, seen, keys, mask_ratio, 0, mask)
@@ -92,45 +93,43 @@ class Programs:
     made = jnp.where(where, self.codec.decode(weights.codec, filled), images)
     return to_levels(made, how), where[..., 0]
 
-  def sample(self, weights: Weights, key, rows, *, how: str, **settings):
+  def sample(self, weights: Weights, key, rows, *, how: str, sampling: Sampling):
     """[B, H, W, C] of rows {label}, or without."""
-    made = self.inference.sample(
-      weights.model, self._keys(key, rows), rows.get("label"), **settings
-    )
+    keys = fold(key, rows["index"])
+    made = self.inference.sample(weights.model, keys, rows.get("label"), sampling)
     return to_levels(self.codec.decode(weights.codec, made), how)
 
-  def trace(self, weights: Weights, key, rows, *, how: str, **settings):
+  def trace(self, weights: Weights, key, rows, *, how: str, sampling: Sampling):
     """([B, S, H, W, C], [B, S + 1, H, W, C]): what `sample` passes, x0 and x_t."""
-    passed = self.inference.trace(
-      weights.model, self._keys(key, rows), rows.get("label"), **settings
-    )
+    keys = fold(key, rows["index"])
+    passed = self.inference.trace(weights.model, keys, rows.get("label"), sampling)
     show = lambda x: to_levels(self.codec.decode(weights.codec, x), how)
     return tuple(jnp.moveaxis(jax.lax.map(show, frames), 0, 1) for frames in passed)
 
-  def begin(self, weights: Weights, key, rows, **settings) -> State:
+  def begin(self, weights: Weights, key, rows, *, sampling: Sampling) -> State:
     """Where the sampler starts, of rows {label}, or without."""
-    sampler, _ = self.inference.make_sampler(weights.model, rows.get("label"), **settings)
-    return self._placed(sampler.start(self.inference.noise(self._keys(key, rows))[0]))
+    sampler = self.inference.make_sampler(weights.model, rows.get("label"), sampling)
+    return self._placed(sampler.start(self.inference.noise(fold(key, rows["index"]))[0]))
 
-  def advance(self, weights: Weights, key, rows, state: State, t, s, **settings):
-    """(state at s, x0 as the model sees images) of a state at t, both int32 scalars."""
-    sampler, _ = self.inference.make_sampler(weights.model, rows.get("label"), **settings)
-    keys = self.inference.noise(self._keys(key, rows))[1]
+  def advance(self, weights: Weights, key, rows, state: State, t, s, *, sampling: Sampling):
+    """(state at s, x0 as the model sees images) of a state at t, both scalars."""
+    sampler = self.inference.make_sampler(weights.model, rows.get("label"), sampling)
+    keys = self.inference.noise(fold(key, rows["index"]))[1]
     return self._placed(sampler.step(state, keys, t, s))
 
   def show(self, weights: Weights, x0, *, how: str):
     """[B, H, W, C] of what the model sees as x0."""
     return self._placed(to_levels(self.codec.decode(weights.codec, x0), how))
 
-  def inpaint(self, weights: Weights, key, rows, *, how: str, resampling: int, **settings):
+  def inpaint(self, weights: Weights, key, rows, *, how: str, resampling: int, sampling: Sampling):
     """[B, H, W, C] of rows {image, mask [B, H, W], places}, drawn anew where the mask is 1.
 
     Places [B, h, w, 1] are those that the model sees.
     """
-    keys, images = self._keys(key, rows), to_floats(rows["image"])
+    keys, images = fold(key, rows["index"]), to_floats(rows["image"])
     known, labels = self._encode(weights, keys, images), rows.get("label")
     made = self.inference.inpaint(
-      weights.model, keys, labels, known, rows["places"], resampling, **settings
+      weights.model, keys, labels, known, rows["places"], sampling, resampling
     )
     made = self.codec.decode(weights.codec, made)
     return to_levels(jnp.where(rows["mask"][..., None], made, images), how)
@@ -144,10 +143,6 @@ class Programs:
     split, whole = batch_sharding(self.mesh), replicated(self.mesh)
     place = lambda x: jax.lax.with_sharding_constraint(x, split if x.ndim else whole)
     return jax.tree.map(place, tree)
-
-  def _keys(self, key, rows):
-    """As `umd.trained.inference.example_keys`, of a key that is no constant of the program."""
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(rows["index"])
 
   def _encode(self, weights: Weights, keys, images):
     return encode_examples(self.codec, weights.codec, images, keys)
@@ -165,7 +160,7 @@ class Programs:
     return self._compiled[key]
 
   def steps(
-    self, weights: Weights, seed: int, rows: Mapping, how: str, every: int, settings: Mapping
+    self, weights: Weights, seed: int, rows: Mapping, how: str, every: int, sampling: Sampling
   ) -> Iterator[Denoised]:
     """Samples of rows {index, label}, or without, all at once, and what is on the way.
 
@@ -178,7 +173,7 @@ class Programs:
       rows: of the samples.
       how: see `to_levels`.
       every: x0 is decoded, and yielded, after so many steps each, and after the last one.
-      settings: of `Inference.sample`.
+      sampling: see `Inference.sample`.
 
     Raises:
       ValueError: a seed or `every` that makes no sense; see also `Inference.sample`.
@@ -188,14 +183,14 @@ class Programs:
       raise ValueError(f"every={every} must be at least 1: each step is shown.")
     key, n = _key(seed), len(rows["index"])
     rows = put_batch(_padded(rows, 0, self._size(n, n)), self.mesh)
-    sampler, steps = self.inference.make_sampler(weights.model, rows.get("label"), **settings)
-    ts = sampler.timesteps(steps)
-    fixed = {k: v for k, v in settings.items() if k not in ("steps", "spacing")}
-    advance, show = self.compiled("advance", **fixed), self.compiled("show", how=how)
+    times = self.inference.make_sampler(weights.model, rows.get("label"), sampling).times
+    # Number and places of the steps are no part of the program of one step.
+    one = dataclasses.replace(sampling, steps=1, spacing="uniform")
+    advance, show = self.compiled("advance", sampling=one), self.compiled("show", how=how)
 
     def walk():
-      state, shown = self.compiled("begin", **fixed)(weights, key, rows), None
-      for step, (t, s) in enumerate(itertools.pairwise(ts), 1):
+      state, shown = self.compiled("begin", sampling=one)(weights, key, rows), None
+      for step, (t, s) in enumerate(itertools.pairwise(times), 1):
         state, x0 = advance(weights, key, rows, state, t, s)
         if step % every and s:
           continue
@@ -294,7 +289,7 @@ class Pretrained:
     image_size: (H, W, C) of images.
     num_classes: number of labels, 0 for a model without.
     class_names: of the labels; () if the data did not say.
-    sampling: settings of `sample` unless others are given.
+    sampling: the `umd.samplers.Sampling` of `sample`, unless other settings are given.
     folder, weights, step: where the weights are from, "ema" or "raw", and after how many steps.
   """
 
@@ -314,7 +309,7 @@ class Pretrained:
       )
     self.image_size = tuple(opened.pixel_size(inference.model.image_size))
     self.num_classes, self.class_names = inference.model.num_classes, about.class_names
-    self.sampling = dict(about.sampling)
+    self.sampling = about.sampling
     self._model, self._timesteps = inference.model, inference.path.timesteps
     self._programs = Programs(inference, opened, mesh)
     self._weights = Weights(replicate(params, mesh), opened.params)
@@ -404,12 +399,11 @@ class Pretrained:
         None: samples without labels, and without guidance.
       num: how many; by default one for each label, or 16 without.
       seed, batch_size, quantize: see the class.
-      **settings: sampler, steps, head, cfg_scale, cfg_channels, guidance_interval, clip_x0 and
-        options of the sampler (ddim: eta), see `umd.trained.inference.Inference.sample`. Those left out, or
-        None, are as in `sampling`.
+      **settings: fields of `umd.samplers.Sampling`: sampler, steps, spacing, eta, head, cfg_scale,
+        cfg_channels, guidance_interval, clip_x0. Those left out, or None, are as in `sampling`.
     """
-    rows, settings = self._to_sample(labels, num, settings)
-    program = self._programs.compiled("sample", how=quantize, **settings)
+    rows, sampling = self._to_sample(labels, num, settings)
+    program = self._programs.compiled("sample", how=quantize, sampling=sampling)
     return self._programs.all(program, self._weights, seed, rows, batch_size)
 
   def draw(
@@ -423,16 +417,16 @@ class Pretrained:
     **settings,
   ) -> Iterator[tuple[slice, np.ndarray]]:
     """Samples at places `index` of a long `sample`, batch by batch: (rows of index, images)."""
-    rows, settings = self._to_sample(labels, None, settings, np.asarray(index, np.int32))
-    program = self._programs.compiled("sample", how=quantize, **settings)
+    rows, sampling = self._to_sample(labels, None, settings, np.asarray(index, np.int32))
+    program = self._programs.compiled("sample", how=quantize, sampling=sampling)
     return self._programs.each(program, self._weights, seed, rows, batch_size)
 
-  def check_sampling(self, labels: Labels = None, **settings) -> dict:
-    """All settings that `sample` would use; ValueError if it would refuse. Compiles nothing."""
-    rows, settings = self._to_sample(labels, self._programs.mesh.size, settings)
-    program = self._programs.compiled("sample", how="round", **settings)
+  def check_sampling(self, labels: Labels = None, **settings) -> Sampling:
+    """The settings that `sample` would use; ValueError if it would refuse. Compiles nothing."""
+    rows, sampling = self._to_sample(labels, self._programs.mesh.size, settings)
+    program = self._programs.compiled("sample", how="round", sampling=sampling)
     program.eval_shape(self._weights, jax.random.key(0), rows)
-    return settings
+    return sampling
 
   def steps(
     self,
@@ -450,8 +444,8 @@ class Pretrained:
     as `every` says only the last is shown. Other numbers and spacings of steps compile nothing
     anew. Other arguments as in `sample`.
     """
-    rows, settings = self._to_sample(labels, num, settings)
-    return self._programs.steps(self._weights, seed, rows, quantize, every, settings)
+    rows, sampling = self._to_sample(labels, num, settings)
+    return self._programs.steps(self._weights, seed, rows, quantize, every, sampling)
 
   def trajectory(
     self,
@@ -466,8 +460,8 @@ class Pretrained:
 
     See `umd.samplers.Trajectory`. All n are drawn at once. Arguments as in `sample`.
     """
-    rows, settings = self._to_sample(labels, num, settings)
-    program = self._programs.compiled("trace", how=quantize, **settings)
+    rows, sampling = self._to_sample(labels, num, settings)
+    program = self._programs.compiled("trace", how=quantize, sampling=sampling)
     found = self._programs.all(program, self._weights, seed, rows, len(rows["index"]))
     return Trajectory(*(np.moveaxis(x, 1, 0) for x in found))
 
@@ -503,20 +497,22 @@ class Pretrained:
     ids = self.label_ids(labels)
     if ids is not None and len(ids) not in (1, num):
       raise ValueError(f"{len(ids)} labels for {num} images: give one for all, or one for each.")
-    rows, settings = self._to_sample(labels, num, settings)
+    rows, sampling = self._to_sample(labels, num, settings)
     rows["mask"] = inputs.as_mask(mask, self.image_size, num)
     places = inputs.tiles(rows["mask"], self._model.image_size[:2])
     rows["places"] = places[..., None].astype(np.float32)
     rows["image"] = np.broadcast_to(images, (num, *self.image_size))
-    program = self._programs.compiled("inpaint", how=quantize, resampling=resampling, **settings)
+    program = self._programs.compiled(
+      "inpaint", how=quantize, resampling=resampling, sampling=sampling
+    )
     return self._programs.all(program, self._weights, seed, rows, batch_size)
 
   def _check(self, task: str) -> None:
     if reason := self.description.lacks(task):
       raise ValueError(f"{self.folder!r}: {reason}.")
 
-  def _to_sample(self, labels, num, settings, index=None) -> tuple[dict, dict]:
-    """(rows {index, label} of samples, all settings)."""
+  def _to_sample(self, labels, num, settings, index=None) -> tuple[dict, Sampling]:
+    """(rows {index, label} of samples, settings of sampling)."""
     self._check("sample")
     ids = self.label_ids(labels)
     if index is None:

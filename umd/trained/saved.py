@@ -23,7 +23,8 @@ from umd.runs import checkpoint, integrity, workdir
 from umd.runs import workdir as folder
 from umd.runs.checkpoint import FOLDER, WEIGHTS, Retention
 from umd.runs.progress import say
-from umd.trained.inference import SAMPLING, Inference
+from umd.samplers import Sampling
+from umd.trained.inference import Inference
 from umd.weights import safetensors
 
 STAGE = "stage:"
@@ -183,7 +184,7 @@ class Description:
     latents: arguments of `umd.codecs.codec.make`; {} for pixels.
     vae_sha256: of the VAE's file; "" for pixels.
     class_names: of its labels; () where the data did not say.
-    sampling: arguments of `Inference.sample` that it is sampled with unless others are given.
+    sampling: what it is sampled with unless other settings are given.
   """
 
   model: Mapping[str, Any]
@@ -192,27 +193,21 @@ class Description:
   latents: Mapping[str, Any]
   vae_sha256: str
   class_names: tuple[str, ...]
-  sampling: Mapping[str, Any]
+  sampling: Sampling
 
   def inference(self, **settings) -> Inference:
     """The model and its path; `settings` replace attributes of the model: dtype, remat."""
     return Inference(models.make(**{**self.model, **settings}), make_path(**self.path))
 
-  def settings(self, given: Mapping, guided: bool) -> dict:
-    """Arguments of `Inference.sample`: those given that are not None, else the model's own.
+  def settings(self, given: Mapping, guided: bool) -> Sampling:
+    """Returns the settings of sampling: those given that are not None, else the model's own.
 
     Args:
       given: by name.
       guided: whether there are labels to guide by.
     """
-    given = {name: value for name, value in given.items() if value is not None}
-    own = dict(self.sampling)
-    if given.get("sampler", own["sampler"]) != own["sampler"]:  # Its options are not another's.
-      own = {name: value for name, value in own.items() if name in SAMPLING}
-    if not guided:
-      own["cfg_scale"] = 1.0
-    found = own | given
-    return found | {"guidance_interval": tuple(found["guidance_interval"])}
+    sampling = self.sampling if guided else dataclasses.replace(self.sampling, cfg_scale=1.0)
+    return sampling.updated(given)
 
   def lacks(self, task: str) -> str:
     """Why training has not prepared the model for "sample" or "reconstruct"; "" if it has."""
@@ -362,17 +357,17 @@ def _heads(model: Network, path: Path) -> list[str]:
   return [h for h in HEADS if h in model.heads and not path.singular(h)[1:].any()]
 
 
-def _sampling(config: Mapping, model: Network, path: Path) -> dict:
+def _sampling(config: Mapping, model: Network, path: Path) -> Sampling:
   """Settings of the run's own samples, or sensible ones if it drew none."""
-  steps, heads = min(STEPS, path.timesteps), _heads(model, path)
-  found = {**SAMPLING, "steps": steps, "head": (heads or model.heads)[0]}
-  found["clip_x0"] = not config["latents"]  # Latents have no bounds.
-  for settings in config["evals"].values():
-    if settings["type"] == "generation":
-      found |= settings["sampling"]
-  if not model.num_classes:
-    found["cfg_scale"] = 1.0
-  return {**found, "guidance_interval": tuple(found["guidance_interval"])}
+  generation = [s for s in config["evals"].values() if s["type"] == "generation"]
+  if generation:
+    sampling = Sampling().updated(generation[-1]["sampling"])
+  else:
+    heads = _heads(model, path) or model.heads
+    sampling = Sampling(steps=min(STEPS, path.timesteps), head=heads[0])
+  clip_x0 = sampling.clip_x0 and not config["latents"]  # Latents have no bounds.
+  cfg_scale = sampling.cfg_scale if model.num_classes else 1.0
+  return dataclasses.replace(sampling, clip_x0=clip_x0, cfg_scale=cfg_scale)
 
 
 def _of_run(folder: str, config: Mapping) -> Place:
@@ -411,10 +406,9 @@ def _of_export(folder: str, config: Mapping) -> Place:
       "here. Export the run again with this version, or use the version that wrote it."
     )
   found = {field.name: config[field.name] for field in dataclasses.fields(Description)}
-  model, sampling = dict(found["model"]), dict(found["sampling"])
+  model, sampling = dict(found["model"]), Sampling().updated(found["sampling"])
   for name in ("heads", "image_size"):  # JSON has no tuples.
     model[name] = tuple(model[name])
-  sampling["guidance_interval"] = tuple(sampling["guidance_interval"])
   latents = dict(found["latents"])
   if latents.get("vae", "").startswith("./"):  # It was exported along.
     latents["vae"] = workdir.join(folder, latents["vae"].removeprefix("./"))
