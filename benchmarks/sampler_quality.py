@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 import numpy as np
 
+from evaluators import generation
 from evaluators.context import Context
-from evaluators.generation import Classifier
 from umd import load
 from umd.devices.mesh import make_mesh
 from umd.runs import workdir
@@ -77,7 +77,8 @@ def open_judge(model: Pretrained, num: int, cache: str) -> Callable[[np.ndarray]
     )
   inference, mesh = model.description.inference(), make_mesh()
   context = Context(inference, (), mesh, 256, 0, cache, lambda text: None)
-  judge = Classifier(context, num, train=specs[0]["train"], test=specs[0]["test"])
+  data = {key: specs[0][key] for key in ("train", "test")}
+  judge = generation.ClassifierJudge(context, generation.Settings(num=num, sampling={}, **data))
   judge.prepare()
   look = jax.jit(functools.partial(judge.look, {}))
 

@@ -1,23 +1,24 @@
-"""Evaluators: each looks at a train state and yields (name, number or picture) pairs.
+"""Evaluators look at a train state and yield pairs of a name and a number, a word or a picture.
 
-An evaluator is a module here with a class `Evaluator(context, **settings)`; calling it with a
-`TrainState` yields `(name, float | str | Images)`.
+An evaluator is a module of this folder with two classes. `Settings` is a frozen dataclass that says
+what a config may set, with type, default, range and meaning. `Evaluator(context, settings)` is built
+at start, so that mistakes show before anything is trained; calling it with a `TrainState` yields
+`(name, float | str | Images)`, and a writer decides by the type where a value goes.
 """
 
 import dataclasses
 import importlib
-import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
 
 from evaluators.context import Context
 
-__all__ = ["Context", "Scheduled", "from_config"]
+__all__ = ["Context", "Scheduled", "from_config", "known", "settings_of"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheduled:
-  """An evaluator and when it runs: every `every` steps (0: never on the way) and after the last."""
+  """An evaluator, which runs every `every` steps (0: never on the way) and after the last step."""
 
   name: str
   every: int
@@ -28,22 +29,13 @@ class Scheduled:
 
 
 def known() -> list[str]:
-  """Names of the modules that hold an evaluator."""
-  not_evaluators = {"context", "classifier", "judges", "knn", "ridge"}
-  return sorted({m.name for m in pkgutil.iter_modules(__path__)} - not_evaluators)
+  """Lists the modules of this folder that are evaluators."""
+  return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "context")
 
 
-def _check_settings(name: str, settings: Mapping, make: Callable) -> None:
-  """Raises ValueError for settings that `make` does not take, and for missing ones."""
-  parameters = dict(inspect.signature(make).parameters)
-  parameters.pop("context")
-  missing = {k for k, p in parameters.items() if p.default is p.empty} - settings.keys()
-  unknown = settings.keys() - parameters.keys()
-  if unknown or missing:
-    raise ValueError(
-      f"evals.{name}: unknown settings {sorted(unknown)}, missing settings {sorted(missing)}. "
-      f"This evaluator takes {sorted(parameters)}."
-    )
+def settings_of(kind: str) -> type:
+  """Returns the dataclass of what a config may set of an evaluator, one of `known()`."""
+  return importlib.import_module(f"evaluators.{kind}").Settings
 
 
 def from_config(configs: Mapping[str, Mapping], context: Context) -> list[Scheduled]:
@@ -51,26 +43,23 @@ def from_config(configs: Mapping[str, Mapping], context: Context) -> list[Schedu
 
   Args:
     configs: {name: {type, every, **settings}}; `name` prefixes the metrics, `type` is the module.
-    context: shared by all.
+    context: what all of them share.
 
   Raises:
-    ValueError: a type, an interval or a setting that does not exist; names the known ones.
-    FileNotFoundError: data that is not there.
+    ValueError: a type or a setting makes no sense.
+    FileNotFoundError: data are not there.
   """
   scheduled = []
   for name, config in configs.items():
     settings = dict(config)
-    kind, every = settings.pop("type", None), settings.pop("every", None)
+    kind = settings.pop("type")
+    every = settings.pop("every")
     if kind not in known():
       raise ValueError(f"evals.{name}.type={kind!r} is not one of {known()}.")
-    if not isinstance(every, int) or isinstance(every, bool) or every < 0:
-      raise ValueError(
-        f"evals.{name}.every={every!r} must be a number of steps, or 0 for only after the last."
-      )
     make = importlib.import_module(f"evaluators.{kind}").Evaluator
-    _check_settings(name, settings, make)
     try:
-      scheduled.append(Scheduled(name, every, make(context, **settings)))
+      evaluator = make(context, settings_of(kind)(**settings))
     except (ValueError, FileNotFoundError) as error:
       raise type(error)(f"evals.{name}: {error}") from error
+    scheduled.append(Scheduled(name, every, evaluator))
   return scheduled

@@ -1,12 +1,13 @@
 """The training objective on held-out images, by noise level, for averaged and raw weights."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 
-from evaluators.context import Context, Weights, count
+from evaluators.context import Context, Weights, count, setting
 from umd.models.network import num_tokens
 from umd.objectives import TIMESTEPS, Draw, Stream, score
 from umd.runs.checkpoint import WEIGHTS
@@ -14,41 +15,52 @@ from umd.samplers.keys import example_keys, example_normal, example_uniform
 from umd.state import TrainState
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  data: Mapping = setting("The held-out images.")
+  num: int = setting("Score the first so many images only; 0 scores all.", 0, "[0, inf)")
+  bins: int = setting("The number of equally likely ranges of noise levels.", 4, "[1, inf)")
+
+
 class Evaluator:
-  """Scores each stream as it is trained, and nothing that it is not trained on.
+  """Scores each stream as it is trained, and nothing that the model is not trained on.
 
-  A stream's timesteps are cut into `bins` equally likely ranges, and each image is scored once in
-  each. Timesteps, noise and masks are functions of (seed, example), so two evaluations differ by
-  the weights alone. Labels are shown where the stream shows them, none is dropped. Images are read
-  once for all.
+  A stream's timesteps are cut into equally likely ranges, and each image is scored once in each.
+  Timesteps, noise and masks are functions of (seed, example), so two evaluations differ by the
+  weights alone. Labels are shown where the stream shows them, and none is dropped. The images are
+  read once for all streams, ranges and weights.
 
-  Yields "<weights>/<stream>/<term>/<range>", e.g. "ema/noised/eps/t1-250".
+  Yields "<weights>/<stream>/<term>/<range>", for example "ema/noised/eps/t1-250".
   """
 
-  def __init__(self, context: Context, *, data: Mapping, num: int = 0, bins: int = 4):
-    """`num`: score the first so many images only; 0 for all."""
-    self._context, self._source, self._num = context, context.open("data", data), num
-    count(self._source, num)
+  def __init__(self, context: Context, settings: Settings):
+    self._context = context
+    self._source = context.open("data", settings.data)
+    self._num = settings.num
+    self._bins = settings.bins
+    count(self._source, settings.num)
     timesteps = context.inference.path.timesteps
-    if not 1 <= bins <= timesteps:
-      raise ValueError(f"bins={bins} must be in [1, timesteps={timesteps}].")
-    self._bins = bins
-    # One program per stream: what tells the ranges and weights apart is data, not shape.
+    if not 1 <= settings.bins <= timesteps:
+      raise ValueError(f"bins={settings.bins} must be in [1, timesteps={timesteps}].")
+    # One program per stream: what tells the ranges and the weights apart is data, not shape.
     self._score = {
-      s.name: context.jit(functools.partial(self._score_batch, s)) for s in context.streams
+      stream.name: context.jit(functools.partial(self._score_batch, stream))
+      for stream in context.streams
     }
 
   def _ranges(self, stream: Stream) -> list[tuple[str, float, float]]:
-    """(name, from, to) of the bins, as ranges of the uniform draw that makes the timestep."""
-    draw, timesteps = TIMESTEPS[stream.timesteps], self._context.inference.path.timesteps
+    """Lists (name, from, to) of the bins, as ranges of the uniform draw that makes the timestep."""
+    timestep = TIMESTEPS[stream.timesteps]
+    timesteps = self._context.inference.path.timesteps
     ranges = {}
     for b in range(self._bins):
       low, high = b / self._bins, (b + 1) / self._bins
-      first, last = (int(draw(jnp.float32(u), timesteps)) for u in (low, high - 1e-6))
+      first, last = (int(timestep(jnp.float32(u), timesteps)) for u in (low, high - 1e-6))
       ranges[f"t{first}" if first == last else f"t{first}-{last}"] = (low, high)
     return [(name, *edges) for name, edges in ranges.items()]
 
   def _score_batch(self, stream: Stream, weights: Weights, batch, part, low, high):
+    """Scores a batch at timesteps of the range (low, high); `part` makes its noise a new one."""
     images = self._context.see(weights, batch)
     model, path = self._context.inference.model, self._context.inference.path
     keys = example_keys(self._context.seed, batch["index"])
@@ -71,10 +83,9 @@ class Evaluator:
           for j, (name, low, high) in enumerate(bins):
             part = j + self._bins * i
             out = self._score[stream](values, batch, part=part, low=low, high=high)
-            rows |= {f"{weights}/{stream}/{term}/{name}": v for term, v in out.rows.items()}
+            rows |= {f"{weights}/{stream}/{term}/{name}": x for term, x in out.rows.items()}
       return out._replace(rows=rows)
 
-    weights = self._context.weights
-    params = {name: weights(getattr(state, field)) for name, field in WEIGHTS.items()}
+    params = {name: self._context.weights(getattr(state, field)) for name, field in WEIGHTS.items()}
     for name, values in self._context.map(score_all, params, self._source, num=self._num).items():
       yield name, values.mean()

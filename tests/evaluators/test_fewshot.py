@@ -92,7 +92,7 @@ def make_evaluator(batch_size=64, **settings):
   spec = lambda split: {"name": "toy", "split": split}
   defaults = {"train": spec("train"), "test": spec("test")}
   defaults |= {"shots": (1, 5), "features": ("class", "patches")}
-  return fewshot.Evaluator(context, **{**defaults, **settings})
+  return fewshot.Evaluator(context, fewshot.Settings(**{**defaults, **settings}))
 
 
 def probe(batch_size=64, **settings):

@@ -23,6 +23,24 @@ IMAGES, LABELS = TEST.arrays()
 SPECS = {k: {"name": "digits", "split": k} for k in ("train", "test")}
 
 
+class Network:
+  """The protocol's attributes, of a network without parameters."""
+
+  image_size, heads, patch = (8, 8, 1), ("eps",), 1
+
+  def __init__(self, num_classes):
+    self.num_classes = num_classes
+
+  def init(self, key, inputs, method):
+    return {"params": {}}
+
+  def predict(self, inputs, groups=1):
+    raise NotImplementedError
+
+  def represent(self, images, t, labels=None):
+    raise NotImplementedError
+
+
 class Artist:
   """Stands for a model: asked for a class, it copies test images of it, in the order of the keys.
 
@@ -30,13 +48,11 @@ class Artist:
   """
 
   def __init__(self, num_classes=10, lies=False):
-    self.model = types.SimpleNamespace(
-      num_classes=num_classes, image_size=(8, 8, 1), init=lambda key, images, t: {"params": {}}
-    )
+    self.model = Network(num_classes)
     self._lies = lies
     self._known = jnp.stack([IMAGES[np.equal(LABELS, c)][:30] for c in range(10)])
 
-  def sample(self, params, keys, labels, sampling):
+  def sample(self, params, keys, labels, sampling=None):
     pick = jax.vmap(lambda key: jax.random.randint(key, (), 0, 30))(keys)
     assert (labels is None) == (self.model.num_classes == 0)
     if labels is None:
@@ -46,7 +62,8 @@ class Artist:
 
 def make(inference, cache, num=30, batch_size=16, **settings):
   context = Context(inference, (), make_mesh(), batch_size, 0, str(cache))
-  return generation.Evaluator(context, **{**SPECS, **settings}, num=num, sampling={})
+  settings = generation.Settings(**{**SPECS, **settings}, num=num, sampling={})
+  return generation.Evaluator(context, settings)
 
 
 @functools.cache
@@ -210,7 +227,7 @@ def judged(inference, cache, num=30, batch_size=32, devices=4, **settings):
   mesh = make_mesh(jax.devices()[:devices])
   context = Context(inference, (), mesh, batch_size, 0, str(cache), progress=lambda line: None)
   settings = {"features": "inception", "reference": REAL, "sampling": {}, **settings}
-  return generation.Evaluator(context, num=num, **settings)
+  return generation.Evaluator(context, generation.Settings(num=num, **settings))
 
 
 def drawn(num):
@@ -299,10 +316,10 @@ def test_few_samples_are_told_of(small_inception, tmp_path):
   lines = []
   context = Context(Artist(), (), make_mesh(), 16, 0, str(tmp_path), progress=lines.append)
   settings = dict(features="inception", reference=REAL, sampling={})
-  generation.Evaluator(context, num=2040, **settings)
+  generation.Evaluator(context, generation.Settings(num=2040, **settings))
   assert "num=2040" in lines[0] and "2048" in lines[0]
   lines.clear()
-  generation.Evaluator(context, num=2050, **settings)
+  generation.Evaluator(context, generation.Settings(num=2050, **settings))
   assert not lines
 
 

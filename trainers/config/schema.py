@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import importlib
 import inspect
 import types
 import typing
@@ -242,8 +241,7 @@ def _evaluator(settings: Mapping) -> Section:
   fields = {"type": Field(str, EVALUATORS), "every": every}
   if settings.get("type") not in list(EVALUATORS):
     return Section(fields, others=True)
-  make = importlib.import_module(f"evaluators.{settings['type']}").Evaluator
-  own = arguments(make, "context")
+  own = arguments(evaluators.settings_of(settings["type"]))
   for name, field in own.items():
     if name == "sampling":
       own[name] = SAMPLING

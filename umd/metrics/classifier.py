@@ -17,13 +17,12 @@ import optax
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
 
-from evaluators.context import say
 from umd.data import Source
-from umd.runs.progress import Clock, during
+from umd.runs.progress import Clock, Tell, during, say
 
 FEATURES = 64
 EPOCHS, MAX_STEPS, BATCH, PEAK_LR, WEIGHT_DECAY = 30, 4000, 64, 3e-3, 1e-2
-MAX_BYTES = 2**33  # Of training images: all of them are held in memory.
+MAX_BYTES = 2**33  # Of training images, all of which are held in memory.
 
 
 class Classifier(nn.Module):
@@ -63,8 +62,48 @@ def check(source: Source) -> None:
     )
 
 
+def load_or_train(source: Source, cache: str, seed: int = 0, tell: Tell = say) -> Callable:
+  """Returns `classify(images) -> (probabilities [B, classes], features [B, 64])`.
+
+  The weights are trained on first use, deterministically, and kept in `cache` under a name that
+  changes with the data and with this code. Of several processes each trains on one of its own
+  devices, and all then take the weights of the first.
+
+  Args:
+    source: labelled training images; all of them are held in memory.
+    cache: folder of the weights.
+    seed: of the initialisation and of the order of examples.
+    tell: takes a line now and then while training.
+
+  Raises:
+    ValueError: the source has no labels or is too large.
+  """
+  check(source)
+  model = Classifier(source.num_classes)
+  params = model.init(jax.random.key(seed), jnp.zeros((1, *source.image_size)))["params"]
+  source.arrays()  # Reads and decodes the images, and says so.
+  with during(f"looking whether {source.name} has changed", tell):
+    path = os.path.join(cache, f"classifier_{_fingerprint(source)}_{seed}.msgpack")
+  if os.path.exists(path):
+    with open(path, "rb") as f:
+      params = flax.serialization.from_bytes(params, f.read())
+  else:
+    params = _train(model, params, source, seed, tell)
+    if jax.process_index() == 0:
+      _save(path, params)
+  if jax.process_count() > 1:
+    params = multihost_utils.broadcast_one_to_all(params)
+  params = jax.tree.map(np.asarray, params)
+
+  def classify(images):
+    logits, features = model.apply({"params": params}, images)
+    return jax.nn.softmax(logits), features
+
+  return classify
+
+
 def _fingerprint(source: Source) -> str:
-  """Changes with the images, the labels or this file: names the cached weights."""
+  """Names the cached weights: it changes with the images, the labels and this file."""
   with open(__file__, "rb") as f:
     digest = hashlib.sha256(f.read())
   for array in source.arrays():
@@ -72,8 +111,8 @@ def _fingerprint(source: Source) -> str:
   return digest.hexdigest()[:16]
 
 
-def _train(model: Classifier, params, source: Source, seed: int, progress: Callable):
-  """AdamW with a one-cycle schedule; the order of the examples is a function of the seed."""
+def _train(model: Classifier, params, source: Source, seed: int, tell: Tell):
+  """Trains with AdamW and a one-cycle schedule; the seed decides the order of the examples."""
   images, labels = source.arrays()
   per_epoch = max(len(images) // BATCH, 1)
   steps = min(EPOCHS * per_epoch, MAX_STEPS)
@@ -84,14 +123,15 @@ def _train(model: Classifier, params, source: Source, seed: int, progress: Calla
     logits, _ = model.apply({"params": params}, x)
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
-  # One call a step: inside a loop, XLA's CPU convolutions lose their threads.
+  # One call a step, no lax loop: inside a loop XLA's convolutions run on one thread of a CPU.
   @jax.jit
   def step(params, opt_state, x, y):
     updates, opt_state = tx.update(jax.grad(loss)(params, x, y), opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 
-  opt_state, rng = tx.init(params), np.random.default_rng(seed)
-  clock = Clock(progress, f"training the classifier of {source.name}, step", steps)
+  opt_state = tx.init(params)
+  rng = np.random.default_rng(seed)
+  clock = Clock(tell, f"training the classifier of {source.name}, step", steps)
   for number in range(steps):
     if number % per_epoch == 0:
       order = rng.permutation(len(images))
@@ -108,43 +148,3 @@ def _save(path: str, params) -> None:
   with open(path + ".tmp", "wb") as f:
     f.write(flax.serialization.to_bytes(params))
   os.replace(path + ".tmp", path)
-
-
-def load_or_train(source: Source, cache: str, seed: int = 0, progress: Callable = say) -> Callable:
-  """Returns `classify(images) -> (probabilities [B, classes], features [B, 64])`.
-
-  The weights are trained on first use, deterministically, and kept in `cache` under a name that
-  changes with the data and with this code. Of several processes each trains on one of its own
-  devices, and all then take the weights of the first.
-
-  Args:
-    source: labelled training images; all of them are held in memory.
-    cache: folder of the weights.
-    seed: of initialisation and order.
-    progress: takes a line now and then while training.
-
-  Raises:
-    ValueError: the source has no labels or is too large, see `check`.
-  """
-  check(source)
-  model = Classifier(source.num_classes)
-  params = model.init(jax.random.key(seed), jnp.zeros((1, *source.image_size)))["params"]
-  source.arrays()  # Reads and decodes them; tells of it.
-  with during(f"looking whether {source.name} has changed", progress):
-    path = os.path.join(cache, f"classifier_{_fingerprint(source)}_{seed}.msgpack")
-  if os.path.exists(path):
-    with open(path, "rb") as f:
-      params = flax.serialization.from_bytes(params, f.read())
-  else:
-    params = _train(model, params, source, seed, progress)
-    if jax.process_index() == 0:
-      _save(path, params)
-  if jax.process_count() > 1:
-    params = multihost_utils.broadcast_one_to_all(params)
-  params = jax.tree.map(np.asarray, params)
-
-  def classify(images):
-    logits, features = model.apply({"params": params}, images)
-    return jax.nn.softmax(logits), features
-
-  return classify

@@ -26,7 +26,7 @@ from umd.runs import progress
 from umd.weights import download, pytorch
 
 
-class Network(NamedTuple):
+class LoadedInception(NamedTuple):
   """Inception's parameters, whole on every device, and the SHA-256 of the file they are from."""
 
   params: dict
@@ -44,15 +44,15 @@ def find_network(path: str = "", tell: progress.Tell = progress.say) -> str:
 
 
 @functools.cache  # Several evaluators share one.
-def load_network(file: str, mesh: Mesh) -> Network:
+def load_network(file: str, mesh: Mesh) -> LoadedInception:
   """Reads the weights in `file` (see `find_network`) and places them on the devices."""
   with open(file, "rb") as f:
     digest = hashlib.file_digest(f, "sha256").hexdigest()
   with progress.during("reading Inception's weights"):
-    return Network(replicate(from_torch(pytorch.read(file)), mesh), digest)
+    return LoadedInception(replicate(from_torch(pytorch.read(file)), mesh), digest)
 
 
-def fingerprint(source: Source, network: Network) -> str:
+def fingerprint(source: Source, network: LoadedInception) -> str:
   """Changes with the images, as far as their storage tells, their preprocessing and the network."""
   parts = (source.records.fingerprint(), source.pp, str(source.image_size), network.sha256)
   return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
@@ -168,7 +168,7 @@ def compile_look(mesh: Mesh) -> Callable:
 
 def describe(
   source: Source,
-  network: Network,
+  network: LoadedInception,
   mesh: Mesh,
   batch_size: int,
   *,
