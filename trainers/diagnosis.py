@@ -14,7 +14,7 @@ from umd.codecs.codec import encode_batch
 from umd.devices import mesh
 from umd.devices.mesh import each_process, local_rows, replicated
 from umd.devices.placement import LAYERS
-from umd.models.layers.blocks import Block, LayerNorm, Stack
+from umd.models.layers.blocks import Part, Stack
 from umd.runs import workdir as folder
 from umd.state import Objective, step_key
 
@@ -111,15 +111,15 @@ class Watch:
     self._stream = around
     return out
 
-  def _layers(self, stack: Stack, x, cond):
+  def _layers(self, stack: Stack, *part):
     params = stack.variables["params"]
-    block = Block(*stack.block, parent=None)
-    for i in range(stack.depth):
-      layer = jax.tree.map(lambda p, i=i: p[i], params[LAYERS])
-      with self._at(stack, LAYERS, str(i)):
-        x, _ = block.apply({"params": layer}, x, cond)
+    at_layer = lambda i: self._at(stack, LAYERS, str(i))
+    unrolled = stack.clone(scan=False, remat="none", parent=None)
+    (x,) = unrolled.run(params, [Part(*part)], at_layer)
+    if not stack.last_norm:
+      return x
     with self._at(stack, "norm"):
-      return LayerNorm(parent=None).apply({"params": params["norm"]}, x)
+      return stack.norm.clone(parent=None).apply({"params": params["norm"]}, x)
 
   @contextlib.contextmanager
   def _at(self, stack: Stack, *names: str):

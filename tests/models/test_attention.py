@@ -11,7 +11,7 @@ from jax.sharding import AbstractDevice, AxisType, Mesh, NamedSharding, Partitio
 from umd.models.layers import attention, attention_tpu
 from umd.models.layers.attention import attend, choose, current_platform
 from umd.models.layers.attention_tpu import kernel_attention
-from umd.models.layers.blocks import Attention, Stack
+from umd.models.layers.blocks import Attention, BlockDesign, Stack
 
 TPU = AbstractDevice("TPU v5 lite", 1, "tpu")
 interpreted = functools.partial(kernel_attention, interpret=True)
@@ -152,7 +152,9 @@ def test_what_the_platform_has_not_got_is_refused(name, needs):
   with pytest.raises(ValueError, match=message):
     attend(*draw((1, 4, 2, 8), arrays=3), name)
   with pytest.raises(ValueError, match=message):
-    Attention(2, jnp.dtype("float32"), name).init(jax.random.key(0), jnp.zeros((1, 4, 16)))
+    Attention(BlockDesign(2, attention=name), jnp.dtype("float32")).init(
+      jax.random.key(0), jnp.zeros((1, 4, 16))
+    )
 
 
 def test_the_platform_is_the_meshs_or_the_default_devices():
@@ -253,7 +255,7 @@ def test_the_token_that_cudnn_is_given_more_has_no_weight(monkeypatch):
 
 
 def test_a_stack_of_blocks_lowers_for_tpu_with_one_kernel_each_way():
-  stack = Stack(2, 2, "adaln", jnp.dtype("bfloat16"), scan=True, remat="full")
+  stack = Stack(2, BlockDesign(2), jnp.dtype("bfloat16"), scan=True, remat="full")
   x, cond = shape_of(8, 130, 128), shape_of(8, 128)
   params = jax.eval_shape(stack.init, jax.random.key(0), [(x, cond)])
   loss = lambda p, x, c: stack.apply(p, [(x, c)])[0].astype(jnp.float32).sum()

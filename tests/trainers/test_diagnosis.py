@@ -13,7 +13,7 @@ from trainers.diagnosis import _watched, diagnose, inspect
 from umd import data
 from umd.codecs.codec import Pixels
 from umd.devices.mesh import make_mesh, put_batch, replicated, state_shardings
-from umd.models.layers.blocks import Stack
+from umd.models.layers.blocks import BlockDesign, Stack
 from umd.objectives import Objective, Stream, Term
 from umd.paths import make_path
 from umd.state import step_key
@@ -159,7 +159,7 @@ def test_terms_and_loss_come_after_the_layers(total, terms, expected):
 
 def test_gradients_are_named_from_the_loss_backwards():
   """They overflow on their way through a layer, so that it and those before it are reached."""
-  model = Stack(3, heads=1, condition="token", dtype=jnp.dtype("float32"))
+  model = Stack(3, BlockDesign(1, "token"), jnp.dtype("float32"))
   x, cond = jnp.asarray(IMAGES[:, :, :, 0]), jnp.ones((BATCH, 8))
   params = {"encoder": jax.device_get(model.init(jax.random.key(0), [(x, cond)])["params"])}
   spoil = jax.custom_vjp(lambda x: x)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from umd.devices.placement import by_batch, join_rows, part_rows
 from umd.masks import Mask, gather, patchify, scatter, unpatchify
 from umd.models.layers.attention import IMPLEMENTATIONS
-from umd.models.layers.blocks import CONDITIONS, REMAT, Stack, modulate
+from umd.models.layers.blocks import CONDITIONS, REMAT, BlockDesign, Stack, modulate
 from umd.models.layers.embeddings import LabelEmbedding, TimeEmbedding
 from umd.models.network import Input, num_tokens
 
@@ -120,9 +120,8 @@ class AutoEncoder(nn.Module):
   def setup(self):
     s, dtype, tokens = self.shape, jnp.dtype(self.dtype), num_tokens(self)
     normal, pos = nn.initializers.normal(0.02), nn.initializers.normal(tokens**-0.5)
-    stack = lambda depth: Stack(
-      depth, s.heads, self.condition, dtype, self.scan, self.remat, self.attention
-    )
+    design = BlockDesign(s.heads, self.condition, attention=self.attention)
+    stack = lambda depth: Stack(depth, design, dtype, self.scan, self.remat)
     self.embed = nn.Dense(s.width, dtype=dtype)
     self.pos_embed = self.param("pos_embed", pos, (tokens, s.width))
     self.decoder_pos_embed = self.param("decoder_pos_embed", pos, (tokens, s.width))

@@ -1,13 +1,17 @@
 """Multi-head attention: one function, whose implementation is chosen by platform and shape.
 
-- "xla": a few lines of JAX, anywhere; the reference, and what float32 gets.
-- "cudnn": NVIDIA's fused attention, for 16-bit floats on GPUs from Ampere on.
-- "pallas": our kernel for short sequences on TPU v4 and later, see `umd.models.layers.attention_tpu`.
+- "xla" is a few lines of JAX, which run anywhere. It is the reference, and what float32 gets.
+- "cudnn" is NVIDIA's fused attention for 16-bit floats on GPUs from Ampere on.
+- "pallas" is our kernel for short sequences on TPU v4 and later: `umd.models.layers.attention_tpu`.
+
+The first two can add a bias to the logits. The kernel cannot, so attention with a bias runs as
+"xla" on a TPU.
 
 The platform is that of the mesh in whose context the caller traces (`jax.set_mesh`, or
-`jax.sharding.use_abstract_mesh`, also for a TPU that is not there), or else JAX's default. The
-compiler cannot look into the TPU kernel and would gather the batch for it: in the context of a mesh
-it runs on every device's own rows, the batch being split over all of the mesh's axes.
+`jax.sharding.use_abstract_mesh`, which also describes a TPU that is not there), or else JAX's
+default. The compiler cannot look into the TPU kernel and would gather the batch for it. In the
+context of a mesh the kernel therefore runs on every device's own rows: the batch is split over all
+axes of the mesh.
 """
 
 import functools
@@ -22,85 +26,99 @@ from umd.models.layers.attention_tpu import kernel_attention, supports
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "pallas")
 NEEDS = {"cudnn": "gpu", "pallas": "tpu"}
-KERNEL_FROM = 64  # tokens: the fewest at which the kernel was found to gain
+KERNEL_FROM = 64  # tokens: the shortest sequence at which the kernel was measured to gain
 
 Heads = Float[Array, "b n h d"]
+Bias = Float[Array, "*b h n n"]
 
 
-def plain_attention(q: Heads, k: Heads, v: Heads) -> Heads:
-  """softmax(q k^T / sqrt(d)) v in plain JAX, softmax in float32."""
+def plain_attention(q: Heads, k: Heads, v: Heads, bias: Bias | None = None) -> Heads:
+  """Computes softmax(q k^T / sqrt(d) + bias) v in plain JAX, with the softmax in float32."""
   logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
-  weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
+  logits = logits * q.shape[-1] ** -0.5
+  if bias is not None:
+    logits = logits + bias.astype(jnp.float32)
+  weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
   return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
-def plain_attention_on_cpu(q: Heads, k: Heads, v: Heads) -> Heads:
-  """As `plain_attention`; faster on CPUs, slower on TPUs.
+def plain_attention_on_cpu(q: Heads, k: Heads, v: Heads, bias: Bias | None = None) -> Heads:
+  """Computes the same as `plain_attention`, faster on CPUs and slower on TPUs.
 
-  Heads come before tokens, and the sum of the weights divides the product with v: one pass less
-  over [B, H, N, N].
+  Heads come before tokens, and the product with v is divided by the sum of the weights instead of
+  the weights themselves, which saves a pass over [B, H, N, N].
   """
   q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
   logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
+  if bias is not None:
+    logits = logits + bias.astype(jnp.float32)
   exp = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
   out = jnp.einsum("bhqk,bhkd->bhqd", exp.astype(v.dtype), v, preferred_element_type=jnp.float32)
   return jnp.swapaxes(out / exp.sum(axis=-1, keepdims=True), 1, 2).astype(v.dtype)
 
 
 def _split_axes(mesh) -> tuple[str, ...]:
-  """Axes of the mesh over which the compiler would split the batch."""
+  """Names the axes of the mesh over which the compiler would split the batch."""
   types = zip(mesh.axis_names, mesh.axis_types, strict=True)
   return tuple(name for name, kind in types if kind != AxisType.Manual)
 
 
 def current_platform() -> str:
-  """ "cpu", "gpu" or "tpu": what the program that is being traced is for."""
+  """Names what the program that is being traced is for: "cpu", "gpu" or "tpu"."""
   device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device
   platform = getattr(device, "platform", device) or jax.default_backend()
   return "gpu" if platform in ("cuda", "rocm") else platform
 
 
 def _has_kernel_units() -> bool:
-  """Whether the TPU multiplies bfloat16 as the kernel asks: from v4 on."""
+  """Tells whether the TPU multiplies bfloat16 as the kernel asks, which v4 and later do."""
   device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
   return not device.device_kind.startswith(("TPU v2", "TPU v3"))
 
 
 def _compute_capability() -> float:
-  """Of this machine's NVIDIA GPUs, 8.0 being Ampere; 0 for others."""
-  if jax.default_backend() != "gpu":  # A program for a GPU that is elsewhere.
+  """Returns that of this machine's NVIDIA GPUs (8.0 is Ampere), or 0 if there is none."""
+  if jax.default_backend() != "gpu":  # The program is for a GPU that is elsewhere.
     return 0.0
-  found = str(getattr(jax.local_devices(backend="gpu")[0], "compute_capability", ""))
-  return float(found) if re.fullmatch(r"\d+\.\d+", found) else 0.0
+  version = str(getattr(jax.local_devices(backend="gpu")[0], "compute_capability", ""))
+  return float(version) if re.fullmatch(r"\d+\.\d+", version) else 0.0
 
 
 def _cudnn_takes(itemsize: int, head_dim: int) -> bool:
-  """Whether cuDNN has fused attention for such heads on this machine, and gradients of it."""
+  """Tells whether this machine's cuDNN has fused attention for such heads, with gradients."""
   capability = _compute_capability()
   most = 256 if capability >= 9 else 128
   return capability >= 8 and itemsize == 2 and head_dim % 8 == 0 and head_dim <= most
 
 
-def cudnn_attention(q: Heads, k: Heads, v: Heads) -> Heads:
-  """cuDNN's fused attention, see `jax.nn.dot_product_attention`; for what `_cudnn_takes`.
+def cudnn_attention(q: Heads, k: Heads, v: Heads, bias: Bias | None = None) -> Heads:
+  """Runs cuDNN's fused attention (`jax.nn.dot_product_attention`) on what `_cudnn_takes`.
 
-  JAX refuses gradients at odd lengths (it takes even an absent bias for one): those get one more
-  token, which as a key is masked and as a query dropped.
+  JAX refuses gradients at odd lengths where there is a bias, and counts an absent bias as one.
+  Odd sequences therefore get one more token, which is masked as a key and dropped as a query.
   """
   fused = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
-  batch, tokens, _, _ = q.shape
+  batch, tokens, heads, _ = q.shape
+  if bias is not None:
+    # The gradient has the shape of the bias, so only the batch may be left to broadcast.
+    bias = jnp.broadcast_to(bias, (*bias.shape[:-3], heads, tokens, tokens)).astype(q.dtype)
+    bias = bias if bias.ndim == 4 else bias[None]
   if tokens % 2 == 0:
-    return fused(q, k, v)
+    return fused(q, k, v, bias)
   q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+  if bias is not None:
+    bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 1), (0, 1)))
   lengths = jnp.full(batch, tokens, jnp.int32)
-  return fused(q, k, v, key_value_seq_lengths=lengths)[:, :tokens]
+  return fused(q, k, v, bias, key_value_seq_lengths=lengths)[:, :tokens]
 
 
-def choose(shape: tuple[int, ...], dtype, implementation: str = "auto") -> str:
-  """Which of "xla", "cudnn" and "pallas" `attend` runs for arrays [B, N, H, Dh] of a dtype.
+def choose(
+  shape: tuple[int, ...], dtype, implementation: str = "auto", has_bias: bool = False
+) -> str:
+  """Names which of "xla", "cudnn" and "pallas" `attend` runs for arrays [B, N, H, Dh] of a dtype.
 
   Raises:
-    ValueError: no such implementation, or one that the platform has not got.
+    ValueError: there is no such implementation, or the platform does not have it.
   """
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f"model.attention={implementation!r} is not one of {list(IMPLEMENTATIONS)}.")
@@ -114,7 +132,8 @@ def choose(shape: tuple[int, ...], dtype, implementation: str = "auto") -> str:
   itemsize = jnp.dtype(dtype).itemsize
   if implementation != "xla" and platform == "gpu":
     return "cudnn" if _cudnn_takes(itemsize, head_dim) else "xla"
-  if implementation == "xla" or platform != "tpu" or not supports(tokens, head_dim):
+  takes = supports(tokens, head_dim) and not has_bias
+  if implementation == "xla" or platform != "tpu" or not takes:
     return "xla"
   mesh = jax.sharding.get_abstract_mesh()
   shares = 1
@@ -130,7 +149,7 @@ def choose(shape: tuple[int, ...], dtype, implementation: str = "auto") -> str:
 
 
 def _on_each_device(attention, q: Heads, k: Heads, v: Heads) -> Heads:
-  """`attention` of every device's own rows of the batch."""
+  """Applies `attention` to every device's own rows of the batch."""
   mesh = jax.sharding.get_abstract_mesh()
   axes = _split_axes(mesh)
   if not axes:
@@ -143,20 +162,25 @@ def _on_each_device(attention, q: Heads, k: Heads, v: Heads) -> Heads:
   return split(q, k, v)
 
 
-def attend(q: Heads, k: Heads, v: Heads, implementation: str = "auto") -> Heads:
-  """Softmax attention of every head, softmax in float32, all tokens seeing all.
+def attend(
+  q: Heads, k: Heads, v: Heads, implementation: str = "auto", bias: Bias | None = None
+) -> Heads:
+  """Computes softmax attention of every head, in which all tokens see all.
 
   Args:
-    q, k, v: queries, keys and values, of one dtype (float32 or bfloat16).
-    implementation: one of IMPLEMENTATIONS. Shapes and dtypes that "cudnn" or "pallas" does not
-      take get "xla".
+    q, k, v: queries, keys and values of one dtype (float32 or bfloat16). The softmax is float32.
+    implementation: one of IMPLEMENTATIONS. Shapes, dtypes and biases that "cudnn" or "pallas"
+      cannot take get "xla".
+    bias: added to the scaled logits, [H, N, N] (query by key) or [B, H, N, N]; sizes of 1
+      broadcast.
 
   Raises:
-    ValueError: no such implementation, or one that the platform has not got.
+    ValueError: there is no such implementation, or the platform does not have it.
   """
-  match choose(q.shape, q.dtype, implementation):
+  match choose(q.shape, q.dtype, implementation, bias is not None):
     case "cudnn":
-      return cudnn_attention(q, k, v)
+      return cudnn_attention(q, k, v, bias)
     case "pallas":
       return _on_each_device(kernel_attention, q, k, v)
-  return (plain_attention_on_cpu if current_platform() == "cpu" else plain_attention)(q, k, v)
+  plain = plain_attention_on_cpu if current_platform() == "cpu" else plain_attention
+  return plain(q, k, v, bias)

@@ -1,21 +1,21 @@
-"""Embeddings of the timestep and the label, summed into one conditioning vector."""
+"""Embeddings of times, labels and places."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 MAX_PERIOD = 10_000.0
 
 
-def sinusoid(t: Int[Array, "b"], width: int) -> Float[Array, "b d"]:
-  """[sin | cos] features of the timestep (Vaswani et al. 2017), always float32.
+def sinusoid(t: Shaped[Array, "*n"], width: int) -> Float[Array, "*n d"]:
+  """Computes [sin | cos] features of times of any shape (Vaswani et al. 2017), always in float32.
 
   bfloat16 cannot tell 999 from 1000, so t must not be rounded before this point.
   """
   half = width // 2
   freqs = jnp.exp(-jnp.log(MAX_PERIOD) * jnp.arange(half, dtype=jnp.float32) / half)
-  angles = t.astype(jnp.float32)[:, None] * freqs[None]
+  angles = t.astype(jnp.float32)[..., None] * freqs
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
@@ -23,23 +23,23 @@ class Trunk(nn.Module):
   """Dense(2D) - silu - Dense(D), in float32: it runs once per image and shapes every layer."""
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b d"]:
+  def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
     width = x.shape[-1]
     return nn.Dense(width, name="out")(jax.nn.silu(nn.Dense(2 * width, name="hidden")(x)))
 
 
 class TimeEmbedding(nn.Module):
-  """[B] timesteps -> [B, D]."""
+  """Embeds times: [B] -> [B, D], or [B, N] -> [B, N, D] where every token has a time of its own."""
 
   width: int
 
   @nn.compact
-  def __call__(self, t: Int[Array, "b"]) -> Float[Array, "b d"]:
+  def __call__(self, t: Shaped[Array, "*n"]) -> Float[Array, "*n d"]:
     return Trunk(name="trunk")(sinusoid(t, self.width))
 
 
 class LabelEmbedding(nn.Module):
-  """[B] labels in 0..num_classes -> [B, D]; the label `num_classes` means "no label"."""
+  """Embeds labels in 0..num_classes: [B] -> [B, D]. The label `num_classes` means "no label"."""
 
   num_classes: int
   width: int
@@ -49,3 +49,69 @@ class LabelEmbedding(nn.Module):
     init = nn.initializers.normal(0.02)
     table = nn.Embed(self.num_classes + 1, self.width, embedding_init=init, name="table")
     return Trunk(name="trunk")(table(labels))
+
+
+# A token without a place in the image, such as a class token, is at row and column -1.
+NOWHERE = -1
+
+
+def places(
+  grid: tuple[int, int], keep: Int[Array, "b k"] | None = None, front: int = 0
+) -> Int[Array, "*b m 2"]:
+  """Lists the (row, column) of every token that a block sees.
+
+  Args:
+    grid: (rows, columns) of patches, which are numbered row by row.
+    keep: numbers of the patches that are kept of each image; None keeps all.
+    front: how many tokens without a place stand before the patches.
+
+  Returns [front + N, 2], or [B, front + K, 2] where the kept patches differ by image.
+  """
+  tokens = jnp.arange(grid[0] * grid[1]) if keep is None else keep
+  place = jnp.stack([tokens // grid[1], tokens % grid[1]], axis=-1)
+  around = [(0, 0)] * (place.ndim - 2)
+  return jnp.pad(place, [*around, (front, 0), (0, 0)], constant_values=NOWHERE)
+
+
+def rotate(x: Float[Array, "b n h d"], place: Int[Array, "*b n 2"]) -> Float[Array, "b n h d"]:
+  """Turns queries or keys by their places: rotary embedding in two dimensions (Su et al. 2021).
+
+  The first half of a head's channels is turned by the row, the second by the column. Of each half,
+  channels 2i and 2i + 1 are one pair, turned by place * 10000^(-4i / Dh), as in JiT (Li & He 2025).
+  A product of two tokens that are turned depends on the difference of their places alone. Tokens
+  without a place are not turned.
+  """
+  quarter = x.shape[-1] // 4
+  freqs = MAX_PERIOD ** (-jnp.arange(quarter, dtype=jnp.float32) / quarter)
+  angles = jnp.maximum(place, 0).astype(jnp.float32)[..., None] * freqs
+  angles = angles.reshape(*place.shape[:-1], 1, 2 * quarter)  # The same for all heads.
+  cos, sin = jnp.cos(angles), jnp.sin(angles)
+  pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], 2 * quarter, 2)
+  first, second = pairs[..., 0], pairs[..., 1]
+  turned = jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=-1)
+  return turned.reshape(x.shape).astype(x.dtype)
+
+
+class RelativeBias(nn.Module):
+  """A learned bias of attention for every head and every offset between two places (MDT, Swin).
+
+  Attributes:
+    grid: (rows R, columns C) of patches. The table has (2 R - 1)(2 C - 1) rows.
+    heads: number of heads.
+  """
+
+  grid: tuple[int, int]
+  heads: int
+
+  @nn.compact
+  def __call__(self, place: Int[Array, "*b n 2"]) -> Float[Array, "*b h n n"]:
+    """Looks up the bias of every query with every key; it is 0 for tokens without a place."""
+    rows, columns = self.grid
+    shape = ((2 * rows - 1) * (2 * columns - 1), self.heads)
+    table = self.param("table", nn.initializers.normal(0.02), shape, jnp.float32)
+    offset = place[..., :, None, :] - place[..., None, :, :]  # query minus key
+    index = (offset[..., 0] + rows - 1) * (2 * columns - 1) + offset[..., 1] + columns - 1
+    somewhere = (place != NOWHERE).all(axis=-1)
+    both = somewhere[..., :, None] & somewhere[..., None, :]
+    bias = jnp.where(both[..., None], table[jnp.where(both, index, 0)], 0)
+    return jnp.moveaxis(bias, -1, -3)
