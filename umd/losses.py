@@ -66,7 +66,7 @@ def _posterior_tables(path: Path) -> dict[str, np.ndarray]:
   variance is 0 at t = 1, so its logarithm there is replaced by the one at t = 2 (Nichol & Dhariwal
   2021).
   """
-  alpha_bar = np.square(path.table["x_t"][:, 0])
+  alpha_bar = np.square(path.coefs("x_t", path.grid)[0])
   now, before = alpha_bar[1:], alpha_bar[:-1]
   beta = 1.0 - now / before
   variance = beta * (1.0 - before) / (1.0 - now)

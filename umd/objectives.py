@@ -155,7 +155,7 @@ def _check_term(key: str, term: Term, stream: Stream, network: Network, path: Pa
       )
     return
   quantity = term.target or term.head
-  if path.unpredictable(quantity)[0] and stream.timesteps == "clean":
+  if path.unpredictable(quantity, 0) and stream.timesteps == "clean":
     raise ValueError(
       f"{key}: head={quantity!r} asks for noise at timesteps='clean', where the input has "
       "none. Score 'x0' there, or draw other timesteps."

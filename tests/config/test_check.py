@@ -169,7 +169,6 @@ OPTIONAL = {
   "evals.generation": (
     *("scale", "features", "train", "test", "reference", "weights", "quantize", "metrics"),
   ),
-  "evals.generation.sampling": ("sampler", "steps", "head", "cfg_scale", "cfg_channels"),
   "expected": ("variant", "size"),
   **dict.fromkeys(("data", "select", "test"), SPEC),
   **dict.fromkeys(("evals.losses.data", "evals.reconstruction.data"), SPEC),
@@ -196,7 +195,7 @@ def test_every_unknown_key_is_told_with_the_nearest_known_one():
   for name, key, value in ALL:
     section, _, last = key.rpartition(".")
     own = section.split(".")[-1] in ("evals", "streams", "terms")  # Any name will do there.
-    if own or section.endswith("sampling"):
+    if own:
       continue
     told = problems(changed(name, **{f"{key}x": value}))
     assert f"  {key}x" in told and "there is no such key" in told, (name, key)
@@ -485,7 +484,7 @@ def test_the_parts_of_a_model_are_those_that_it_has():
 
 
 def test_heads_are_what_a_path_can_combine():
-  assert set(keys.MODEL.fields["heads"].within) == set(make_path("cosine").table)
+  assert set(keys.MODEL.fields["heads"].within) == set(make_path("edm").quantities)
 
 
 def test_seeds_are_those_that_jax_tells_apart():

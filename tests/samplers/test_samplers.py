@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 from configs import common
 from umd import samplers
 from umd.models.network import predict
-from umd.paths import PATHS, Path, make_path
+from umd.paths import EDM, VE, Flow, Path, make_path
 from umd.samplers import Sampling
 from umd.trained.inference import Inference
 
@@ -22,10 +23,37 @@ EVERY = {
   "ddim, eta .5": {"sampler": "ddim", "eta": 0.5},
   "ddim, eta 1": {"sampler": "ddim", "eta": 1.0},
 }
+GOLDEN = os.path.join(os.path.dirname(os.path.dirname(__file__)), "golden", "official_edm.npz")
 RANDOM = {"ddpm", "ddim, eta .5", "ddim, eta 1"}
 
-every_path = pytest.mark.parametrize("name", PATHS)
+WHOLE = ("cosine", "linear", "flow")
+# Where time is the noise itself, even steps in time would all but miss the image.
+SPACINGS = {"ve": "karras", "edm": "karras"}
+
+every_path = pytest.mark.parametrize("name", [*WHOLE, "flow, real", "ve", "edm"])
+whole_path = pytest.mark.parametrize("name", WHOLE)
 every_sampler = pytest.mark.parametrize("sampler", EVERY)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvenAngles(Path):
+  """A variance-preserving path in real time that moves evenly along its quarter circle."""
+
+  end = np.pi / 2
+
+  def mix(self, t):
+    return jnp.cos(t), jnp.sin(t)
+
+  def velocity(self, t):
+    return -jnp.sin(t), jnp.cos(t)
+
+  def tau(self, t):
+    return t
+
+
+def path_of(name):
+  others = {"flow, real": Flow(0), "ve": VE(), "edm": EDM(), "even": EvenAngles()}
+  return others.get(name) or make_path(name, T)
 
 
 def gaussian(path, mu=MU, sd=SD):
@@ -48,6 +76,7 @@ def keys_for(count, seed=1):
 
 
 def make(name, path, steps, denoise=None, **settings):
+  settings = {"spacing": SPACINGS.get(path.name, "uniform"), **settings}
   sampling = Sampling(**EVERY[name], steps=steps, clip_x0=False, **settings)
   return samplers.make_sampler(sampling, denoise or gaussian(path), path)
 
@@ -61,66 +90,92 @@ def run(name, path, x, steps, denoise=None, **settings):
 @every_path
 @every_sampler
 def test_samples_of_the_exact_denoiser_have_the_moments_of_the_data(name, sampler):
-  samples = run(sampler, make_path(name, T), normal(4096), 240)
+  path = path_of(name)
+  samples = run(sampler, path, path.start_scale * normal(4096), 240)
   assert samples.mean() == pytest.approx(MU, abs=0.03)
   assert samples.std() == pytest.approx(SD, abs=0.03)
 
 
-def flow_error(sampler, path, steps, spacing="uniform"):
-  """Largest distance from the exact probability flow, x_T in [-2, 2]."""
-  x = jnp.linspace(-2, 2, 9).reshape(-1, 1, 1, 1)
-  alpha, sigma = path.table["x_t"][-1]
+def flow_error(sampler, path, steps, **settings):
+  """Largest distance from the exact probability flow, from noise of up to 2 deviations."""
+  x = path.start_scale * jnp.linspace(-2, 2, 9).reshape(-1, 1, 1, 1)
+  alpha, sigma = path.coefs("x_t", path.end)
   exact = MU + SD * (x - alpha * MU) / np.sqrt(alpha**2 * SD**2 + sigma**2)
-  return np.abs(run(sampler, path, x, steps, spacing=spacing) - exact).max()
-
-
-def even_angles():
-  """VP path whose timesteps are evenly spaced along its quarter circle."""
-  angle = np.linspace(0, np.pi / 2, T + 1)
-  alpha, sigma = np.cos(angle), np.sin(angle)
-  rows = {"x_t": (alpha, sigma), "v": (-sigma, alpha)}
-  return Path("even", {kind: np.stack(r, axis=1) for kind, r in rows.items()}, angle)
+  return np.abs(run(sampler, path, x, steps, **settings) - exact).max()
 
 
 @pytest.mark.parametrize(
   "sampler, name, low, high",
   [
-    *(("ddim", name, 1.85, 2.15) for name in (*PATHS, "even")),
-    ("heun", "flow", 3.7, 4.7),
-    ("heun", "even", 3.7, 4.7),
+    *(("ddim", name, 1.85, 2.15) for name in (*WHOLE, "even", "flow, real", "ve", "edm")),
+    *(("heun", name, 3.7, 4.7) for name in ("flow", "even", "flow, real", "ve", "edm")),
+    *(("ab2", name, 3.5, 4.7) for name in ("flow", "even", "flow, real", "ve", "edm")),
     # These leave t = 0 like sqrt(t), so the last step, which is DDIM's, shrinks too slowly.
     ("heun", "cosine", 2.4, 3.4),
     ("heun", "linear", 2.4, 3.4),
-    ("ab2", "flow", 3.7, 4.7),
-    ("ab2", "even", 3.7, 4.7),
     ("ab2", "cosine", 2.7, 3.7),
   ],
 )
 def test_doubling_the_steps_divides_the_error_by_the_order(sampler, name, low, high):
-  path = even_angles() if name == "even" else make_path(name, T)
-  coarse, fine = (flow_error(sampler, path, steps) for steps in (40, 80))
+  coarse, fine = (flow_error(sampler, path_of(name), steps) for steps in (40, 80))
   assert low < coarse / fine < high
 
 
-@every_path
+@pytest.mark.parametrize("name", [*WHOLE, "flow, real", "ve", "edm"])
 def test_dpm_solver_is_of_second_order_in_the_log_snr(name):
   """From 20 steps on: with more, rounding makes steps at the ends uneven."""
-  path = make_path(name, FINE)
-  coarse, fine = (flow_error("dpmpp_2m", path, steps, "logsnr") for steps in (20, 40))
+  path = make_path(name, FINE) if name in WHOLE else path_of(name)
+  coarse, fine = (flow_error("dpmpp_2m", path, steps, spacing="logsnr") for steps in (20, 40))
   assert 3.5 < coarse / fine < 5
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "heun", "dpmpp_2m"])
+def test_between_whole_times_a_table_is_a_path_like_others(sampler):
+  """Many more steps than the table has rows still come closer to the exact probability flow."""
+  path, errors = make_path("cosine", 10), []
+  for steps in (40, 80):
+    times = np.linspace(10, 0, steps + 1, dtype=np.float32)
+    solver = dataclasses.replace(make(sampler, path, 10), times=times)
+    x = jnp.linspace(-2, 2, 9).reshape(-1, 1, 1, 1)
+    alpha, sigma = path.coefs("x_t", 10)
+    exact = MU + SD * (x - alpha * MU) / np.sqrt(alpha**2 * SD**2 + sigma**2)
+    walk = jax.jit(lambda x, solver=solver: samplers.walk(solver, x, keys_for(9)))
+    errors.append(np.abs(walk(x) - exact).max())
+  assert errors[0] / errors[1] > 1.85 and errors[1] < 0.05
+
+
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "ab2"])
-@every_path
+@whole_path
 def test_steps_of_second_order_beat_ddim_at_twice_the_evaluations(name, sampler):
   path = make_path(name, T)
-  error = flow_error(sampler, path, 20, "quadratic")
-  assert error < flow_error("ddim", path, 40, "quadratic") / 1.5
+  error = flow_error(sampler, path, 20, spacing="quadratic")
+  assert error < flow_error("ddim", path, 40, spacing="quadratic") / 1.5
+
+
+@pytest.mark.parametrize("sampler, name", [("heun", "heun"), ("ddim", "euler")])
+def test_edm_is_sampled_as_the_official_code_does(sampler, name):
+  """Noise levels and network inputs of MaskDiT's samplers; its network's outputs are replayed."""
+  official, calls = np.load(GOLDEN), []
+  for steps in (5, 18, 40):
+    times = samplers.step_schedule(steps, EDM(), "karras")
+    np.testing.assert_allclose(times, [*official[f"sigmas/{steps}"], 0], rtol=1e-6)
+
+  def denoise(x_t, t):
+    x0, k = jnp.asarray(official[f"{name}/net_D"][len(calls)]), len(calls)
+    calls.append(float(t))
+    np.testing.assert_allclose(x_t, official[f"{name}/net_x"][k], rtol=1e-5, atol=1e-5)
+    return x0, (x_t - x0) / t
+
+  with jax.disable_jit():
+    x = make(sampler, EDM(), 5, denoise)
+    x = samplers.walk(x, 80 * jnp.asarray(official["sampler/z"]), keys_for(2))
+  np.testing.assert_allclose(calls, official[f"{name}/net_sigma"], rtol=1e-6)
+  np.testing.assert_allclose(x, official[f"{name}/out"], rtol=1e-5, atol=1e-5)
 
 
 def paper_2m(ts, path, x, predict):
   """Algorithm 2 of Lu et al. (2022), line by line, in float64; first order onto t = 0."""
-  alpha, sigma = path.table["x_t"].T
+  alpha, sigma = path.coefs("x_t", path.grid)
   lam = np.log(alpha, where=alpha > 0, out=np.full(len(alpha), -np.inf)) - np.log(sigma + 1e-300)
   previous = None
   for i in range(1, len(ts)):
@@ -139,7 +194,7 @@ def paper_2m(ts, path, x, predict):
 @pytest.mark.parametrize("steps", [1, 2, 3, 12])
 def test_dpm_solver_is_the_papers_algorithm_2(spacing, steps):
   path, x = make_path("cosine", T), normal(16)
-  alpha, sigma = path.table["x_t"].T
+  alpha, sigma = path.coefs("x_t", path.grid)
 
   def predict(x, t):  # As `gaussian`, in float64.
     a, s = alpha[t], sigma[t]
@@ -174,7 +229,7 @@ def test_dpm_solver_is_that_of_diffusers(spacing, steps):
 def test_x0_that_changes_evenly_in_the_log_snr_is_taken_at_the_middle_of_the_step():
   """Whatever the lengths of the steps, and also where the one before was longer."""
   path, ts = make_path("cosine", T), (800, 500, 350, 290)
-  alpha, sigma = path.table["x_t"].T
+  alpha, sigma = path.coefs("x_t", path.grid)
   lam = np.log(alpha[1:] / sigma[1:])
   lam = np.concatenate([[np.inf], lam])
   clock = jnp.asarray(lam, jnp.float32)
@@ -251,7 +306,7 @@ def test_ddim_adds_the_noise_of_song_et_al(name, sampler, eta):
 
   # Two steps: T -> T / 2 adds noise, T / 2 -> 0 none.
   samples = run(sampler, path, x, 2, identity)
-  alpha_bar_t, alpha_bar_s = path.table["x_t"][[T, T // 2], 0] ** 2
+  alpha_bar_t, alpha_bar_s = path.coefs("x_t", np.array([T, T // 2]))[0] ** 2
   std = eta * np.sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s))
   noise = samples - np.sqrt(alpha_bar_s) * np.asarray(x)
   assert noise.std() == pytest.approx(std, rel=0.05, abs=1e-6)
@@ -314,7 +369,7 @@ def test_every_number_of_steps_falls_strictly_and_evenly_from_T_to_0(timesteps):
 
 
 @pytest.mark.parametrize("spacing", samplers.SPACINGS)
-@every_path
+@whole_path
 def test_every_spacing_falls_strictly_from_T_to_0_in_as_many_steps_as_asked(name, spacing):
   for timesteps in (1, 2, 10, 1000):
     path = make_path(name, timesteps)
@@ -329,7 +384,7 @@ def test_every_spacing_falls_strictly_from_T_to_0_in_as_many_steps_as_asked(name
 def test_spacings_are_even_in_what_they_are_named_after():
   """All but the first and the last step, and up to rounding, which many timesteps make small."""
   path = make_path("cosine", FINE)
-  alpha, sigma = path.table["x_t"].T
+  alpha, sigma = path.coefs("x_t", path.grid)
   even_in = {
     "uniform": lambda t: t / FINE,
     "quadratic": lambda t: np.sqrt(t / FINE),
@@ -375,28 +430,30 @@ def test_each_step_asks_the_denoiser_once_and_heun_twice_but_for_the_last(
 @every_path
 @pytest.mark.parametrize("bound", [1.0, 0.5])
 def test_clipped_x0_is_bounded_and_still_explains_x_t(name, bound):
-  path, x_t = make_path(name, T), normal(64)
+  path, x_t = path_of(name), normal(64)
 
   def wild(x_t, t):
     return 3 * x_t, jnp.full_like(x_t, 100.0)
 
-  for t in map(jnp.int32, (1, T // 2, T)):
+  for t in jnp.asarray(path.grid)[jnp.array([1, len(path.grid) // 2, -1])]:
     x0, eps = samplers.clip_x0(wild, path, bound)(x_t, t)
     np.testing.assert_array_equal(x0, np.clip(3 * np.asarray(x_t), -bound, bound))
     np.testing.assert_allclose(path.combine("x_t", x0, eps, t), x_t, rtol=1e-4, atol=1e-5)
 
 
-@every_path
+@pytest.mark.parametrize("name", ["cosine", "edm"])
 @pytest.mark.parametrize("sampler", samplers.SOLVERS)
 def test_a_trajectory_is_the_way_that_the_sampler_takes(name, sampler):
-  path, x, keys, steps = make_path(name, T), normal(8), keys_for(8), 6
-  made, ts = make(sampler, path, steps), samplers.step_schedule(steps, path)
+  path, keys, steps = path_of(name), keys_for(8), 6
+  x, made = path.start_scale * normal(8), make(sampler, path, steps)
   found = jax.jit(lambda x, keys: samplers.trace(made, x, keys))(x, keys)
   assert (found.x0.shape, found.x_t.shape) == ((steps, *x.shape), (steps + 1, *x.shape))
   np.testing.assert_array_equal(found.x_t[0], x)
   samples = run(sampler, path, x, steps)
   np.testing.assert_allclose(found.x_t[-1], samples, rtol=1e-5, atol=1e-5)
-  seen = jax.vmap(lambda x_t, t: gaussian(path)(x_t, t)[0])(found.x_t[:-1], jnp.asarray(ts[:-1]))
+  seen = jax.vmap(lambda x_t, t: gaussian(path)(x_t, t)[0])(
+    found.x_t[:-1], jnp.asarray(made.times[:-1])
+  )
   np.testing.assert_allclose(found.x0, seen, rtol=1e-4, atol=1e-5)
 
 
@@ -499,7 +556,7 @@ def test_guidance_is_uncond_plus_scale_times_cond_minus_uncond(labelled, head, c
   if channels:  # As DiT samples: the others are those of the conditional model.
     guided[..., channels:] = cond[..., channels:]
   for kind, want in {"x_t": X_T, head: guided}.items():
-    a, b = inference.path.table[kind][t]
+    a, b = inference.path.coefs(kind, t)
     np.testing.assert_allclose(a * x0 + b * eps, want, rtol=1e-3, atol=1e-3)
 
 

@@ -70,7 +70,7 @@ def oracle(model, params, path, method, data, key, drop):
     dropped = np.asarray(jax.random.bernoulli(keys[3], drop, (len(rows),)))
     keep = int(16 * (1 - stream.mask_ratio))
     x0 = images[rows]
-    alpha, sigma = path.table["x_t"][t].T.reshape(2, -1, 1, 1, 1)
+    alpha, sigma = np.stack(path.coefs("x_t", t)).reshape(2, -1, 1, 1, 1)
     labels = np.where(dropped, CLASSES, classes[rows])
     if not stream.labels:
       labels[:] = CLASSES
@@ -273,7 +273,7 @@ def test_a_method_that_cannot_be_is_refused_at_once(streams, message):
 
 
 def test_a_head_that_the_path_does_not_know_is_refused_at_once():
-  model = AutoEncoder("nano/4", (16, 16, 3), heads=("x0", "score"))
+  model = AutoEncoder("nano/4", (16, 16, 3), heads=("x0", "F"))
   for timesteps in ("uniform", "clean"):
-    with pytest.raises(ValueError, match="'score'"):
-      objectives.Objective(model, make_path("cosine", 10), one("score", timesteps=timesteps), 8)
+    with pytest.raises(ValueError, match="'F'"):
+      objectives.Objective(model, make_path("cosine", 10), one("F", timesteps=timesteps), 8)

@@ -1,155 +1,198 @@
-"""Noise paths: closed forms, the algebra of x0, eps and v, and where it breaks down."""
+"""Noise paths: closed forms, the algebra of their quantities, and where it breaks down."""
+
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from umd.paths import PATHS, make_path
+from umd.paths import PATHS, Flow, make_path
 
 T = (1, 10, 1000)
-HEADS = ("x0", "eps", "v")
+WHOLE = ("cosine", "linear", "flow")
+EVERY = {name: make_path(name) for name in PATHS} | {"flow, real": Flow(0)}
+HEADS = {name: [k for k in path.quantities if k != "x_t"] for name, path in EVERY.items()}
+GOLDEN = os.path.join(os.path.dirname(os.path.dirname(__file__)), "golden", "official_edm.npz")
 
-every_path = pytest.mark.parametrize("name", PATHS)
+every_path = pytest.mark.parametrize("name", EVERY)
 every_length = pytest.mark.parametrize("timesteps", T)
-variance_preserving = pytest.mark.parametrize("name", ["cosine", "linear"])
+whole_path = pytest.mark.parametrize("name", WHOLE)
+
+
+def pair(*shape, seed=0):
+  return jax.random.normal(jax.random.key(seed), (2, *shape))
+
+
+@pytest.fixture(scope="module")
+def official():
+  """The official MaskDiT: its preconditioner, its noise levels and its samplers."""
+  return np.load(GOLDEN)
 
 
 @every_path
-@every_length
-def test_t0_is_exactly_clean(name, timesteps):
-  path = make_path(name, timesteps)
-  x0, eps = jax.random.normal(jax.random.key(0), (2, 3, 4, 4, 1))
-  assert path.timesteps == timesteps
-  np.testing.assert_array_equal(path.combine("x_t", x0, eps, jnp.zeros(3, jnp.int32)), x0)
+def test_t0_is_exactly_clean_and_the_end_is_noise(name):
+  path = EVERY[name]
+  x0, eps = pair(3, 4, 4, 1)
+  np.testing.assert_array_equal(path.combine("x_t", x0, eps, jnp.zeros(3)), x0)
+  alpha, sigma = path.coefs("x_t", path.end)
+  assert alpha / sigma < 0.021 and path.start_scale == pytest.approx(sigma, rel=1e-3)
 
 
 @every_path
+def test_noise_rises_and_the_coordinate_of_time_with_it(name):
+  path = EVERY[name]
+  alpha, sigma = path.coefs("x_t", path.grid)
+  assert (np.diff(sigma / np.maximum(alpha, 1e-12)) > 0).all()
+  assert (np.diff(path.progress(path.grid)) > 0).all() and path.progress(0) == 0
+
+
 @every_length
-def test_signal_falls_and_noise_rises(name, timesteps):
-  path = make_path(name, timesteps)
-  alpha, sigma = path.table["x_t"].T
-  assert (np.diff(alpha) < 0).all() and (alpha >= 0).all()
-  assert (np.diff(sigma) > 0).all() and (sigma <= 1).all()
-  assert (np.diff(path.time) > 0).all()
-
-
-@variance_preserving
-@every_length
-def test_variance_is_preserved(name, timesteps):
-  table = make_path(name, timesteps).table["x_t"]
-  np.testing.assert_allclose((table**2).sum(axis=1), 1, rtol=1e-12)
-
-
-@pytest.mark.parametrize("timesteps", [10, 1000])
 def test_cosine_is_the_closed_form_of_nichol_and_dhariwal(timesteps):
   f = np.cos((np.arange(timesteps) / timesteps + 0.008) / 1.008 * np.pi / 2) ** 2
-  alpha = make_path("cosine", timesteps).table["x_t"][:, 0]
+  alpha, sigma = make_path("cosine", timesteps).coefs("x_t", np.arange(timesteps + 1))
   np.testing.assert_allclose(alpha[:-1] ** 2, f / f[0], rtol=1e-9)
+  np.testing.assert_allclose(alpha**2 + sigma**2, 1, rtol=1e-12)
   # The cap on beta changes t = T only.
   assert (alpha[-1] / alpha[-2]) ** 2 == pytest.approx(1 - 0.999)
 
 
 @pytest.mark.parametrize("timesteps", [100, 1000])
 def test_linear_alpha_bar_is_the_product_of_one_minus_beta(timesteps):
-  alpha_bar, product = make_path("linear", timesteps).table["x_t"][:, 0] ** 2, 1.0
+  alpha, sigma = make_path("linear", timesteps).coefs("x_t", np.arange(timesteps + 1))
+  np.testing.assert_allclose(alpha**2 + sigma**2, 1, rtol=1e-12)
+  product = 1.0
   for i in range(timesteps):
-    beta = 1e-4 + (2e-2 - 1e-4) * i / (timesteps - 1)
-    product *= 1 - beta * 1000 / timesteps
-    assert alpha_bar[i + 1] == pytest.approx(product, rel=1e-9)
+    product *= 1 - (1e-4 + (2e-2 - 1e-4) * i / (timesteps - 1)) * 1000 / timesteps
+    assert alpha[i + 1] ** 2 == pytest.approx(product, rel=1e-9)
 
 
+def test_the_others_are_their_equations():
+  t = np.linspace(0, 50, 7)
+  np.testing.assert_allclose(make_path("flow", 50).coefs("x_t", t), (1 - t / 50, t / 50))
+  np.testing.assert_allclose(Flow(0).coefs("x_t", t / 50), (1 - t / 50, t / 50))
+  for name in ("ve", "edm"):
+    np.testing.assert_array_equal(EVERY[name].coefs("x_t", t), (np.ones(7), t))
+
+
+@whole_path
 @every_length
-def test_flow_is_the_straight_line(timesteps):
-  s = np.arange(timesteps + 1) / timesteps
-  np.testing.assert_allclose(make_path("flow", timesteps).table["x_t"], np.stack([1 - s, s], 1))
+@pytest.mark.parametrize("kind", ["x_t", "eps", "v"])
+def test_whole_times_read_the_table_and_real_ones_agree_with_it(name, timesteps, kind):
+  path, whole = make_path(name, timesteps), np.arange(timesteps + 1)
+  table = np.float32(path.coefs(kind, whole))
+  np.testing.assert_array_equal(path.coefs(kind, jnp.asarray(whole)), table)
+  np.testing.assert_allclose(path.coefs(kind, whole.astype(float)), table, rtol=1e-6, atol=1e-8)
+  real = path.coefs(kind, jnp.asarray(whole, jnp.float32))
+  np.testing.assert_allclose(real, table, rtol=1e-5, atol=1e-6)
 
 
-@every_path
-def test_long_paths_end_in_almost_pure_noise(name):
-  alpha, sigma = make_path(name, 1000).table["x_t"][-1]
-  assert alpha < 0.01 and sigma > 0.99
-
-
-@every_path
-@pytest.mark.parametrize("kind", ["x_t", *HEADS])
-def test_combine_is_the_table_row_of_each_example(name, kind):
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_between_whole_times_noise_is_added_at_an_even_rate(name):
+  """Two halves of a step keep as much of the image as the step, and each as much as the other."""
   path = make_path(name, 10)
-  x0, eps = jax.random.normal(jax.random.key(1), (2, 3, 4, 4, 1))
-  t = np.array([7, 0, 10])
-  got = path.combine(kind, x0, eps, jnp.asarray(t))
-  for i in range(3):
-    a, b = path.table[kind][t[i]]
-    np.testing.assert_allclose(got[i], a * x0[i] + b * eps[i], rtol=1e-5, atol=1e-6)
+  alpha, sigma = path.coefs("x_t", np.arange(0, 10.5, 0.5))
+  kept = alpha[1:] / alpha[:-1]
+  np.testing.assert_allclose(kept[::2], kept[1::2], rtol=1e-12)
+  np.testing.assert_allclose(alpha**2 + sigma**2, 1, rtol=1e-12)
 
 
 @every_path
-@every_length
-@pytest.mark.parametrize("head", HEADS)
-def test_invert_undoes_combine_wherever_not_singular(name, timesteps, head):
-  path = make_path(name, timesteps)
-  t = jnp.arange(timesteps + 1)
-  x0, eps = jax.random.normal(jax.random.key(2), (2, len(t), 4))
-  got = path.invert(head, path.combine(head, x0, eps, t), path.combine("x_t", x0, eps, t), t)
-  # float32 rounding of x_t is magnified by 1 / det: by 1 / alpha for eps, by 1 / sigma for x0.
-  (alpha, sigma), (a, b) = path.table["x_t"].T, path.table[head].T
-  regular = ~path.singular(head)
-  det = np.abs(alpha * b - sigma * a)[regular, None]
-  error = np.abs(got - np.stack([x0, eps]))[:, regular]
-  assert regular.sum() >= timesteps
-  assert (error <= 2e-6 * np.maximum(1, 1 / det)).all()
+def test_v_is_the_velocity_of_x_t_along_tau(name):
+  path = EVERY[name]
+  t = np.linspace(0.01, 0.99, 51)[:, None] * path.end + np.array([-1e-5, 0, 1e-5]) * path.end
+  if path.timesteps:
+    t += 0.5 - (t[:, 1:2] % 1)  # Where the rate of noise jumps there is no derivative.
+  below, _, above = (np.stack(path.coefs("x_t", column)) for column in t.T)
+  steps = path.progress(t[:, 2]) - path.progress(t[:, 0])
+  np.testing.assert_allclose((above - below) / steps, path.coefs("v", t[:, 1]), atol=1e-5)
 
 
 @every_path
-@every_length
-def test_v_is_the_velocity_of_x_t_along_time(name, timesteps):
-  path = make_path(name, timesteps)
-  step = np.diff(path.time)[:, None]
-  slope = np.diff(path.table["x_t"], axis=0) / step
-  v = (path.table["v"][1:] + path.table["v"][:-1]) / 2
-  # Trapezoid rule: the error is h^2 / 12 |v''| to leading order, and |v''| <= 1 on every path.
-  assert (np.abs(slope - v) <= step**2 / 6 + 1e-9).all()
+def test_the_score_is_the_gradient_of_the_log_density(name):
+  path = EVERY[name]
+  t = jnp.linspace(0.1, 1, 7) * path.end
+  x0, eps = pair(7)
+  alpha, sigma = path.coefs("x_t", t)
+  log_density = lambda x: (-((x - alpha * x0) ** 2) / (2 * sigma**2)).sum()
+  wanted = jax.grad(log_density)(path.combine("x_t", x0, eps, t))
+  np.testing.assert_allclose(path.combine("score", x0, eps, t), wanted, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, kind", [(n, k) for n in EVERY for k in HEADS[n]])
+def test_invert_undoes_combine_wherever_not_singular(name, kind):
+  path = EVERY[name]
+  grid = path.grid[~path.singular(kind, path.grid)]
+  t = jnp.asarray(grid)
+  x0, eps = pair(len(t), 4, seed=2)
+  found = path.invert(kind, path.combine(kind, x0, eps, t), path.combine("x_t", x0, eps, t), t)
+  # Rounding to float32 of x_t and of the prediction is magnified by the inverse of the system.
+  (alpha, sigma), (a, b) = path.coefs("x_t", grid), path.coefs(kind, grid)
+  det = np.abs(alpha * b - sigma * a)
+  size = (alpha + sigma) * (np.abs(a) + np.abs(b)) / det
+  assert len(grid) >= len(path.grid) - 1 - (kind == "score")
+  assert (np.abs(found - np.stack([x0, eps])) <= 2e-6 * np.maximum(1, size)[:, None]).all()
 
 
 @every_path
-@every_length
-def test_singular_and_unpredictable_name_the_ends_of_the_path(name, timesteps):
-  path, t = make_path(name, timesteps), np.arange(timesteps + 1)
-  first, last = t == 0, (t == timesteps) & (name == "flow")
-  never, always = t < 0, t >= 0
-  singular = {"x_t": always, "x0": first, "eps": last, "v": never}
-  unpredictable = {"x_t": never, "x0": never, "eps": first, "v": first}
-  for kind in path.table:
-    np.testing.assert_array_equal(path.singular(kind), singular[kind], err_msg=kind)
-    np.testing.assert_array_equal(path.unpredictable(kind), unpredictable[kind], err_msg=kind)
+def test_singular_and_unpredictable_name_the_ends_of_the_path(name):
+  path, t = EVERY[name], EVERY[name].grid
+  never, first = np.zeros(len(t), bool), t == 0
+  last = (t == path.end) & name.startswith("flow")
+  singular = {"x_t": ~never, "x0": first, "eps": last, "v": never, "score": first | last}
+  unpredictable = {"x_t": never, "x0": never}
+  for kind in path.quantities:
+    np.testing.assert_array_equal(path.singular(kind, t), singular.get(kind, never), err_msg=kind)
+    wanted = unpredictable.get(kind, first)
+    np.testing.assert_array_equal(path.unpredictable(kind, t), wanted, err_msg=kind)
+    assert path.invertible(kind) == (kind != "x_t" and not singular.get(kind, never)[1:].any())
+
+
+def test_edm_is_the_official_preconditioner(official):
+  """The published code of MaskDiT, which is EDM's, on latents: F and D of a small network."""
+  path, sigma = EVERY["edm"], jnp.asarray(official["sigma"][:, 0, 0, 0])
+  x0, eps, x = (jnp.asarray(official[k]) for k in ("x0", "eps", "x"))
+  np.testing.assert_allclose(path.combine("x_t", x0, eps, sigma), x, rtol=1e-6, atol=1e-6)
+  denoised, _ = path.invert("F", jnp.asarray(official["F"]), x, sigma)
+  np.testing.assert_allclose(denoised, official["D"], rtol=1e-5, atol=2e-6)
+
+
+def test_edm_has_the_coefficients_of_karras_et_al():
+  path, s = EVERY["edm"], np.geomspace(0.002, 80, 9)
+  c_skip, c_out = 0.25 / (s**2 + 0.25), 0.5 * s / np.sqrt(s**2 + 0.25)
+  a, b = path.coefs("F", s)  # F = (x0 - c_skip (x0 + s eps)) / c_out.
+  np.testing.assert_allclose(a, (1 - c_skip) / c_out)
+  np.testing.assert_allclose(b, -c_skip * s / c_out)
+  np.testing.assert_allclose(0.25 * a**2 + b**2, 1)  # Of unit variance.
+  np.testing.assert_allclose(path.input_scale(s), 1 / np.sqrt(s**2 + 0.25))
+  np.testing.assert_allclose(path.time_input(s), np.log(s) / 4)
+  np.testing.assert_allclose(EVERY["ve"].time_input(s[1:]), np.log(np.maximum(s[1:], 0.01) / 2))
 
 
 @every_path
-def test_table_holds_the_heads_named_here(name):
-  assert set(make_path(name, 10).table) == {"x_t", *HEADS}
-
-
-def test_unknown_path_is_named_beside_the_known_ones():
-  with pytest.raises(ValueError, match=r"path\.name='sine'.*cosine.*flow.*linear"):
-    make_path("sine", 10)
-
-
-@every_path
-@pytest.mark.parametrize("timesteps", [0, -1])
-def test_a_path_needs_a_timestep(name, timesteps):
-  with pytest.raises(ValueError, match=rf"path\.timesteps={timesteps} must be at least 1"):
-    make_path(name, timesteps)
+def test_what_a_network_is_told_is_finite_at_t0_and_else_t_itself_on_other_paths(name):
+  path, t = EVERY[name], jnp.asarray(EVERY[name].grid)
+  assert np.isfinite(path.time_input(t)).all() and np.isfinite(path.input_scale(t)).all()
+  if name not in ("ve", "edm"):
+    assert path.time_input(t) is t and path.input_scale(t) == 1
 
 
 @pytest.mark.parametrize(
-  "ask",
+  "name, settings, message",
   [
-    lambda path: path.coefs("score", jnp.zeros(1, jnp.int32)),
-    lambda path: path.singular("score"),
-    lambda path: path.unpredictable("score"),
+    ("sine", {}, r"path\.name='sine'.*cosine.*flow.*linear"),
+    ("cosine", {"timesteps": 0}, r"path\.timesteps=0 must be at least 1"),
+    ("flow", {"timesteps": -1}, r"path\.timesteps=-1 must be at least 1"),
+    ("edm", {"timesteps": 10}, r"'edm' takes no \['timesteps'\].*sigma_max"),
+    ("ve", {"sigma_min": 60.0}, r"path\.sigma_min=60\.0, path\.sigma_max=50\.0 must satisfy"),
   ],
-  ids=["coefs", "singular", "unpredictable"],
 )
+def test_paths_that_make_no_sense_are_refused(name, settings, message):
+  with pytest.raises(ValueError, match=message):
+    make_path(name, **settings)
+
+
+@pytest.mark.parametrize("ask", ["coefs", "singular", "unpredictable"])
 def test_unknown_quantity_is_named_beside_the_known_ones(ask):
-  with pytest.raises(ValueError, match=r"'score'.*eps.*v.*x0.*x_t"):
-    ask(make_path("flow", 10))
+  with pytest.raises(ValueError, match=r"'F'.*'flow'.*eps.*v.*x0.*x_t"):
+    getattr(make_path("flow", 10), ask)("F", 0)

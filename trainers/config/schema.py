@@ -19,7 +19,7 @@ from umd.models.autoencoder import AutoEncoder, parse_variant
 from umd.models.layers.attention import IMPLEMENTATIONS
 from umd.models.layers.blocks import CONDITIONS, REMAT
 from umd.objectives import Stream, Term
-from umd.paths import make_path
+from umd.paths import PATHS, make_path
 from umd.runs.checkpoint import WEIGHTS, Retention
 from umd.samplers import Sampling
 from umd.state import Guard
@@ -271,11 +271,27 @@ SAMPLING = Section(
   },
   build=lambda **given: Sampling().updated(given),
 )
+# The settings of all paths; `make_path` says which path has which.
+PATH = Section(
+  {
+    "name": Field(str, tuple(PATHS)),
+    **{
+      field.name: Field(
+        field.type, field.metadata["within"], field.metadata["help"], required=False
+      )
+      for path in PATHS.values()
+      for field in dataclasses.fields(path)
+    },
+  },
+  build=make_path,
+)
 MODEL = Section(
   {"name": Field(str, tuple(MODELS), "The network.")}
   | arguments(
     *(AutoEncoder, "image_size", "num_classes", "parent", "name"),
-    heads=Field(tuple[str, ...], ("x0", "eps", "v", "x_t"), filled=True, distinct=True),
+    heads=Field(
+      tuple[str, ...], ("x0", "eps", "v", "x_t", "score", "F"), filled=True, distinct=True
+    ),
     class_tokens=COUNT,
     condition=tuple(CONDITIONS),
     dtype=("float32", "bfloat16"),
@@ -392,7 +408,7 @@ STAGES = {
     **TRAINING,
     "latents": LATENTS,
     "model": MODEL,
-    "path": Section(arguments(make_path)),
+    "path": PATH,
     **DEVICES,
     "streams": Named(lambda _: STREAM),
     "optim": OPTIM,

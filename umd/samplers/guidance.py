@@ -35,9 +35,8 @@ def guide(
     path: the path, of whose length guidance_interval is a share.
     sampling: cfg_scale, cfg_channels and guidance_interval are used.
   """
-  # Whole timesteps, safe from rounding: .3 of 10 is 3.
-  low, high = np.array(sampling.guidance_interval) * path.timesteps
-  low, high = int(np.ceil(low - 1e-6)), int(np.floor(high + 1e-6))
+  # A little wider, for .3 of 10 is to be 3.
+  low, high = np.array(sampling.guidance_interval) * path.end + np.array([-1e-6, 1e-6])
 
   def conditional(x_t, t):
     return predict(x_t, t, labels)
@@ -53,7 +52,7 @@ def guide(
 
   if sampling.cfg_scale == 1:
     return conditional
-  if (low, high) == (0, path.timesteps):
+  if sampling.guidance_interval == (0, 1):
     return guided
   inside = lambda t: (low <= t) & (t <= high)
   return lambda x_t, t: jax.lax.cond(inside(t), guided, conditional, x_t, t)

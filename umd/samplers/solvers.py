@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from umd.paths import Path
-from umd.samplers.timesteps import half_log_snr
 
 Images = Float[Array, "b h w c"]
 Time = Shaped[Array, ""]  # int32 where the path's times are whole numbers.
@@ -55,7 +54,9 @@ Step = Callable[[State, Array, Time, Time], tuple[State, Images]]
 
 def step_noise(keys: Array, t: Time, x: Images) -> Images:
   """Draws standard normal noise for the step at t, each image's from its own key."""
-  draw = lambda key: jax.random.normal(jax.random.fold_in(key, t), x.shape[1:])
+  # Streams of noise are told apart by integers, which a real time becomes by its bits.
+  label = t if jnp.issubdtype(t.dtype, jnp.integer) else jax.lax.bitcast_convert_type(t, jnp.int32)
+  draw = lambda key: jax.random.normal(jax.random.fold_in(key, label), x.shape[1:])
   return jax.vmap(draw)(keys)
 
 
@@ -117,7 +118,6 @@ def heun(denoise: Denoiser, path: Path) -> Step:
   schedules leave t = 0 like sqrt(t), so there the last step is long and the order lies between one
   and two.
   """
-  tau = jnp.asarray(path.time, jnp.float32)
 
   def step(state, keys, t, s):
     del keys
@@ -127,7 +127,7 @@ def heun(denoise: Denoiser, path: Path) -> Step:
 
     def corrected(_):
       v_s = path.combine("v", *denoise(predicted, s), s)
-      return state.x + (tau[s] - tau[t]) * (v_t + v_s) / 2
+      return state.x + (path.progress(s) - path.progress(t)) * (v_t + v_s) / 2
 
     return State(jax.lax.cond(s > 0, corrected, lambda _: predicted, None)), x0
 
@@ -135,7 +135,7 @@ def heun(denoise: Denoiser, path: Path) -> Step:
 
 
 def _extrapolation(
-  clock: Float[Array, "t"], history: History, t: Time, s: Time
+  clock: Callable[[Time], Float[Array, ""]], history: History, t: Time, s: Time
 ) -> Float[Array, ""]:
   """Returns how much of the last change is to be added, to reach the middle of the step.
 
@@ -143,7 +143,7 @@ def _extrapolation(
   f(t) + (clock(s) - clock(t)) / (2 (clock(t) - clock(r))) (f(t) - f(r)) half-way to s. The factor
   is 0 where there was no step before, and on the step to s = 0, which lands on x0.
   """
-  gain = (clock[s] - clock[t]) / (2 * (clock[t] - clock[history.t]))
+  gain = (clock(s) - clock(t)) / (2 * (clock(t) - clock(history.t)))
   return jnp.where((history.t > t) & (s > 0), gain, 0.0)
 
 
@@ -154,12 +154,12 @@ def dpmpp_2m(denoise: Denoiser, path: Path) -> Step:
   a DDIM step with x0 extrapolated to the middle of the step. The first step is DDIM's. So is the
   last, where lambda is infinite. One evaluation a step.
   """
-  lam = jnp.asarray(half_log_snr(path), jnp.float32)
 
   def step(state, keys, t, s):
     del keys
     x0, _ = denoise(state.x, t)
-    middle = x0 + _extrapolation(lam, state.history, t, s) * (x0 - state.history.value)
+    gain = _extrapolation(path.half_log_snr, state.history, t, s)
+    middle = x0 + gain * (x0 - state.history.value)
     alpha, sigma = path.coefs("x_t", t)
     x = path.combine("x_t", middle, (state.x - alpha * middle) / sigma, s)
     return State(x, History(x0, t)), x0
@@ -174,16 +174,15 @@ def ab2(denoise: Denoiser, path: Path) -> Step:
   is nearly constant, so that this is the multistep method for flow matching. The first step is
   DDIM's, which on the flow path is Euler's; so is the last. One evaluation a step.
   """
-  tau = jnp.asarray(path.time, jnp.float32)
 
   def step(state, keys, t, s):
     del keys
     x0, eps = denoise(state.x, t)
     v = path.combine("v", x0, eps, t)
-    gain = _extrapolation(tau, state.history, t, s)
+    gain = _extrapolation(path.progress, state.history, t, s)
     middle = v + gain * (v - state.history.value)
     euler = path.combine("x_t", x0, eps, s)
-    x = jnp.where(gain > 0, state.x + (tau[s] - tau[t]) * middle, euler)
+    x = jnp.where(gain > 0, state.x + (path.progress(s) - path.progress(t)) * middle, euler)
     return State(x, History(v, t)), x0
 
   return step

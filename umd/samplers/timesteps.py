@@ -1,4 +1,4 @@
-"""Which timesteps a sampler stops at on its way from T to 0."""
+"""The times at which a sampler stops on its way from the end of a path to 0."""
 
 from collections.abc import Callable, Mapping
 
@@ -6,41 +6,33 @@ import numpy as np
 
 from umd.paths import Path
 
-# Half log-SNRs between which steps are spaced where a path goes further: beyond, x_t is noise, or
-# image, to three digits, and there is nothing to be found out.
-NOISIEST, CLEANEST = -5.0, 5.0
 RHO = 7.0  # Karras et al. 2022, eq. 5.
 
 
-def half_log_snr(path: Path) -> np.ndarray:
-  """lambda = log(alpha / sigma) at every timestep, `[T + 1]`; inf at 0, and -inf where alpha = 0.
-
-  It is the time of DPM-Solver (Lu et al. 2022), half the logarithm of the signal-to-noise ratio.
-  """
-  alpha, sigma = path.table["x_t"].T
-  with np.errstate(divide="ignore"):
-    return np.log(alpha) - np.log(sigma)
-
-
 def _by_log_snr(path: Path, steps: int, spread: Callable[[float, float], np.ndarray]) -> np.ndarray:
-  """T, then timesteps of the half log-SNRs `spread(first, last)`, [S], but the first, then 0."""
-  if steps == 1:  # From T to 0, where log-SNRs may be infinite.
+  """The end, then the times of the half log-SNRs `spread(first, last)`, [S], but the first, then 0.
+
+  The ends of the path may have infinite log-SNRs, so the range is cut, see `Path.log_snr_range`.
+  """
+  if steps == 1:
     return uniform(path, steps)
-  snr = half_log_snr(path)
-  found = np.isfinite(snr)
-  first, last = max(snr[found].min(), NOISIEST), min(snr[found].max(), CLEANEST)
-  ts = np.interp(-spread(first, last), -snr[found], np.flatnonzero(found))
-  return np.concatenate([[path.timesteps], ts[1:], [0]])
+  lam = path.half_log_snr(path.grid)
+  lam = lam[np.isfinite(lam)]
+  noisiest, cleanest = path.log_snr_range
+  # A grid of real times is too coarse to say how clean the path gets.
+  last = min(lam.max(), cleanest) if path.timesteps else cleanest
+  times = path.time_of(spread(max(lam.min(), noisiest), last))
+  return np.concatenate([[path.end], times[1:], [0]])
 
 
 def uniform(path: Path, steps: int) -> np.ndarray:
   """Even in t."""
-  return np.linspace(path.timesteps, 0, steps + 1)
+  return np.linspace(path.end, 0, steps + 1)
 
 
 def quadratic(path: Path, steps: int) -> np.ndarray:
   """Even in the root of t (Song et al. 2021, appendix D.2): denser the cleaner."""
-  return path.timesteps * np.linspace(1, 0, steps + 1) ** 2
+  return path.end * np.linspace(1, 0, steps + 1) ** 2
 
 
 def log_snr(path: Path, steps: int) -> np.ndarray:
@@ -67,19 +59,25 @@ SPACINGS: Mapping[str, Callable[[Path, int], np.ndarray]] = {
 
 
 def step_schedule(steps: int, path: Path, spacing: str = "uniform") -> np.ndarray:
-  """S + 1 strictly decreasing timesteps from T to 0, int32.
+  """Returns S + 1 strictly decreasing times from the end of the path to 0.
+
+  They are float32, or int32 where the path's times are whole: then they are rounded and kept at
+  least 1 apart.
 
   Args:
-    steps: S, 1 <= S <= T.
-    path: of the denoiser.
-    spacing: key of SPACINGS, whose timesteps are rounded and kept at least 1 apart.
+    steps: S >= 1, and at most T where times are whole.
+    path: the path of the denoiser.
+    spacing: key of SPACINGS.
 
   Raises:
-    ValueError: not 1 <= steps <= T.
+    ValueError: more steps than there are whole times.
   """
-  if not 1 <= steps <= path.timesteps:
+  times = SPACINGS[spacing](path, steps)
+  if not path.timesteps:
+    return times.astype(np.float32)
+  if steps > path.timesteps:
     raise ValueError(f"steps={steps} must be in [1, timesteps={path.timesteps}].")
   places = np.arange(steps + 1)
   # At least as far from 0 as there are steps to come, and at least 1 below the one before.
-  ts = np.maximum(np.round(SPACINGS[spacing](path, steps)), places[::-1])
-  return (np.minimum.accumulate(ts + places) - places).astype(np.int32)
+  times = np.maximum(np.round(times), places[::-1])
+  return (np.minimum.accumulate(times + places) - places).astype(np.int32)

@@ -42,7 +42,9 @@ class Sampler:
 
   def start(self, x: Images) -> State:
     """Returns a state with no step before it: at noise, or where x_t was changed from outside."""
-    return State(x, History(jnp.zeros_like(x), jnp.int32(0)) if self.multistep else ())
+    return State(
+      x, History(jnp.zeros_like(x), jnp.zeros((), self.times.dtype)) if self.multistep else ()
+    )
 
   @property
   def intervals(self) -> tuple[Array, Array]:

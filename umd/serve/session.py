@@ -305,7 +305,7 @@ class Session:
   def heads(self) -> list[str]:
     """Those that samples can start from."""
     model, path = self._inference.model, self._inference.path
-    return [head for head in model.heads if not path.singular(head)[1:].any()]
+    return [head for head in model.heads if path.invertible(head)]
 
   def lacks(self, task: str) -> str:
     """Why "sample", "labels", "reconstruct", "inpaint" or "neighbours" makes no sense; "" if so."""

@@ -84,8 +84,8 @@ class Inference:
     model, path = self.model, self.path
 
     def prediction(x_t, t, labels):
-      times = jnp.full(len(x_t), t, jnp.int32)
-      return predict(model, params, x_t, times, labels)[sampling.head]
+      times = jnp.full(len(x_t), path.time_input(t))
+      return predict(model, params, path.input_scale(t) * x_t, times, labels)[sampling.head]
 
     guided = guide(prediction, labels, model.num_classes, path, sampling)
     return lambda x_t, t: path.invert(sampling.head, guided(x_t, t), x_t, t)
@@ -95,9 +95,9 @@ class Inference:
     model, channels = self.model, self.model.image_size[2]
     if sampling.head not in model.heads:
       raise ValueError(f"head={sampling.head!r} is not among the model's heads {model.heads}.")
-    if self.path.singular(sampling.head)[1:].any():
+    if not self.path.invertible(sampling.head):
       raise ValueError(
-        f"head={sampling.head!r} does not determine x0 at every timestep of path "
+        f"head={sampling.head!r} does not determine x0 at every time of path "
         f"{self.path.name!r}. Sample with another of {model.heads}."
       )
     if sampling.cfg_scale != 1 and (labels is None or not model.num_classes):
@@ -124,7 +124,7 @@ class Inference:
   def noise(self, keys: Array) -> tuple[Float[Array, "b h w c"], Array]:
     """Draws (noise at the end of the path, keys of what is drawn on the way)."""
     start, on_the_way = split(keys)
-    return example_normal(start, self.model.image_size), on_the_way
+    return self.path.start_scale * example_normal(start, self.model.image_size), on_the_way
 
   def sample(
     self, params, keys: Array, labels: Int[Array, "b"] | None, sampling: Sampling

@@ -354,7 +354,7 @@ def _read_json(folder: str, name: str) -> dict | None:
 
 def _heads(model: Network, path: Path) -> list[str]:
   """The heads from which samples can start, the best first."""
-  return [h for h in HEADS if h in model.heads and not path.singular(h)[1:].any()]
+  return [h for h in HEADS if h in model.heads and path.invertible(h)]
 
 
 def _sampling(config: Mapping, model: Network, path: Path) -> Sampling:
@@ -364,7 +364,7 @@ def _sampling(config: Mapping, model: Network, path: Path) -> Sampling:
     sampling = Sampling().updated(generation[-1]["sampling"])
   else:
     heads = _heads(model, path) or model.heads
-    sampling = Sampling(steps=min(STEPS, path.timesteps), head=heads[0])
+    sampling = Sampling(steps=min(STEPS, path.timesteps or STEPS), head=heads[0])
   clip_x0 = sampling.clip_x0 and not config["latents"]  # Latents have no bounds.
   cfg_scale = sampling.cfg_scale if model.num_classes else 1.0
   return dataclasses.replace(sampling, clip_x0=clip_x0, cfg_scale=cfg_scale)
