@@ -19,14 +19,15 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 
-from benchmarks.records import append
+from benchmarks import harness
+from benchmarks.harness import Column
 from configs import ae_i1k
-from tools.command_line import positive, run
+from tools.command_line import positive
 from trainers import diffusion, optim
 from umd.devices.mesh import make_mesh
 from umd.models.network import init_params
@@ -34,6 +35,16 @@ from umd.runs.checkpoint import FOLDER, Checkpoints
 from umd.runs.integrity import find_newest
 from umd.state import TrainState, init_state
 
+COLUMNS = (
+  Column("", "kind"),
+  Column("state MB", "state_mb", "{:.1f}"),
+  Column("disk MB", "disk_mb", "{:.1f}"),
+  Column("seconds", "seconds", "{:.3f}"),
+  Column("min", "seconds_min", "{:.3f}"),
+  Column("max", "seconds_max", "{:.3f}"),
+  Column("first", "first", "{:.3f}"),
+  Column("MB/s", "mb_per_second", "{:.0f}"),
+)
 KINDS = ("blocking", "background", "verify", "restore")
 
 
@@ -85,18 +96,8 @@ def measure(state: TrainState, workdir: str, repeats: int) -> dict[str, list[flo
   return seconds
 
 
-def rows(seconds: dict[str, list[float]], nbytes: int) -> list[dict]:
-  """A row per kind; the first repeat counts where it is the only one."""
-  found = []
-  for kind, values in seconds.items():
-    values = values[1:] or values
-    middle = statistics.median(values)
-    line = {"kind": kind, "seconds": middle, "seconds_min": min(values), "seconds_max": max(values)}
-    found.append({**line, "first": seconds[kind][0], "mb_per_second": nbytes / 1e6 / middle})
-  return found
-
-
 def folder_bytes(path: str) -> int:
+  """Bytes of all files in a folder."""
   return sum(
     os.path.getsize(os.path.join(where, name))
     for where, _, names in os.walk(path)
@@ -104,7 +105,8 @@ def folder_bytes(path: str) -> int:
   )
 
 
-def work(args: argparse.Namespace) -> None:
+def rows(args: argparse.Namespace) -> Iterator[dict]:
+  """A row for each kind of work, over all saves but the first."""
   if args.folder:
     os.makedirs(args.folder, exist_ok=True)
   state = make_state(args.variant, args.size)
@@ -112,29 +114,26 @@ def work(args: argparse.Namespace) -> None:
   with tempfile.TemporaryDirectory(dir=args.folder) as workdir:
     seconds = measure(state, workdir, args.repeats)
     written = folder_bytes(os.path.join(workdir, FOLDER))
-  print(f"{args.variant}: {nbytes / 1e6:.1f} MB of state, {written / 1e6:.1f} MB on disk")
-  print(f"{'':<12}{'seconds':>10}{'min':>10}{'max':>10}{'first':>10}{'MB/s':>10}")
-  for line in rows(seconds, nbytes):
-    numbers = [line[k] for k in ("seconds", "seconds_min", "seconds_max", "first")]
-    cells = "".join(f"{value:>10.3f}" for value in numbers)
-    print(f"{line['kind']:<12}{cells}{line['mb_per_second']:>10.0f}")
-    sizes = {"state_mb": nbytes / 1e6, "disk_mb": written / 1e6}
-    append(args, "checkpoint", {**sizes, **line})
+  for kind, (first, *rest) in seconds.items():
+    values = rest or [first]
+    yield {
+      "kind": kind,
+      "state_mb": nbytes / 1e6,
+      "disk_mb": written / 1e6,
+      "seconds": statistics.median(values),
+      "seconds_min": min(values),
+      "seconds_max": max(values),
+      "first": first,
+      "mb_per_second": nbytes / 1e6 / statistics.median(values),
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(
-    prog="benchmarks.checkpoint", description=__doc__.split("\n", maxsplit=1)[0]
-  )
+  parser = harness.parser("checkpoint", __doc__)
   parser.add_argument("--variant", default="S/4", help="of the model, see ae_i1k.py")
   parser.add_argument("--size", type=positive, default=64, help="side of the images in pixels")
-  parser.add_argument(
-    "--repeats", type=positive, default=4, help="medians are over so many but the first"
-  )
   parser.add_argument("--folder", help="on the disk to be measured; by default the system's own")
-  parser.add_argument("--out", help="append JSON lines to this file")
-  args = parser.parse_args(argv)
-  run(lambda: work(args))
+  harness.main(parser, COLUMNS, rows, argv)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,37 @@
-"""Seconds and values of the Frechet distance: umd.metrics.frechet's against the formula with a matrix root.
+"""Seconds and values of the Frechet distance: ours against the formula with a matrix root.
 
 python -m benchmarks.frechet --dims 2048 --samples 1000 10000 50000 --repeats 3 --out frechet.jsonl
 
-The formula takes SciPy's sqrtm of the product of the covariances, as many evaluators do. Both run
-in turns in one process. Where there are fewer samples than features the covariances are singular,
-and the root of their product need not be right, nor real; `exact` is the distance by singular
-values of the samples themselves, of which no root is taken.
+The formula takes SciPy's sqrtm of the product of the covariances, as many evaluators do. Where
+there are fewer samples than features the covariances are singular, and the root of their product
+need not be right, nor real; `exact` is the distance by singular values of the samples, of
+which no root is taken.
 """
 
 import argparse
-import statistics
+import functools
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import numpy as np
 
-from benchmarks.records import append
+from benchmarks import harness
+from benchmarks.harness import Column
+from tools.command_line import positive
 from umd.metrics.frechet import Moments, frechet_distance
+
+COLUMNS = (
+  Column("samples", "samples"),
+  Column("dim", "dim"),
+  Column("moments s", "moments_seconds", "{:.2f}"),
+  Column("ours s", "seconds", "{:.2f}"),
+  Column("sqrtm s", "direct_seconds", "{:.2f}"),
+  Column("ratio", "ratio", "{:.2f}"),
+  Column("ours", "distance", "{:.7f}"),
+  Column("sqrtm", "direct_distance", "{:.7f}"),
+  Column("exact", "exact_distance", "{:.7f}"),
+)
 
 
 def draw(samples: int, dim: int, scale: float, seed: int) -> np.ndarray:
@@ -31,10 +45,10 @@ def draw(samples: int, dim: int, scale: float, seed: int) -> np.ndarray:
 
 def moments(rows: np.ndarray, batch: int = 1024) -> Moments:
   """Streamed as evaluators do."""
-  found = Moments(rows.shape[1])
+  streamed = Moments(rows.shape[1])
   for start in range(0, len(rows), batch):
-    found.update(rows[start : start + batch])
-  return found
+    streamed.update(rows[start : start + batch])
+  return streamed
 
 
 def direct(mu1, sigma1, mu2, sigma2) -> float:
@@ -57,58 +71,41 @@ def exact(x: np.ndarray, y: np.ndarray) -> float:
   return float(gap + np.square(a).sum() + np.square(b).sum() - 2.0 * root)
 
 
-def seconds(function: Callable, *args) -> tuple[float, float]:
-  """(seconds, result) of one call."""
-  start = time.perf_counter()
-  result = function(*args)
-  return time.perf_counter() - start, result
-
-
-def measure(samples: int, dim: int, repeats: int) -> dict:
-  """One row of the table."""
-  x, y = (draw(samples, dim, scale, seed) for scale, seed in ((1.0, 1), (0.9, 2)))
-  streamed, first = seconds(moments, x)
-  second = moments(y)
-  pair = (first.mean, first.covariance, second.mean, second.covariance)
-  ours, theirs = [], []
-  for _ in range(repeats):  # In turns: what slows the machine down slows both.
-    ours.append(seconds(frechet_distance, *pair))
-    theirs.append(seconds(direct, *pair))
-  middle = lambda runs: statistics.median(s for s, _ in runs)
-  return {
-    "samples": samples,
-    "dim": dim,
-    "moments_seconds": streamed,
-    "seconds": middle(ours),
-    "direct_seconds": middle(theirs),
-    "ratio": statistics.median(t / o for (o, _), (t, _) in zip(ours, theirs, strict=True)),
-    "distance": ours[0][1],
-    "direct_distance": theirs[0][1],
-    "exact_distance": exact(x, y) if samples <= dim else None,
-  }
+def measure(args: argparse.Namespace) -> Iterator[dict]:
+  """A row for every number of features and of samples."""
+  for dim in args.dims:
+    for samples in args.samples:
+      x, y = (draw(samples, dim, scale, seed) for scale, seed in ((1.0, 1), (0.9, 2)))
+      start = time.perf_counter()
+      first = moments(x)
+      streamed = time.perf_counter() - start
+      second = moments(y)
+      pair = (first.mean, first.covariance, second.mean, second.covariance)
+      ways = {
+        "ours": functools.partial(frechet_distance, *pair),
+        "direct": functools.partial(direct, *pair),
+      }
+      times = harness.in_turns(ways, args.repeats, warm_up=0)
+      yield {
+        "samples": samples,
+        "dim": dim,
+        "moments_seconds": streamed,
+        "seconds": times["ours"].median,
+        "direct_seconds": times["direct"].median,
+        "ratio": times["ours"].faster_than(times["direct"])[0],
+        "distance": ways["ours"](),
+        "direct_distance": ways["direct"](),
+        "exact_distance": exact(x, y) if samples <= dim else None,
+      }
 
 
 def main(argv: list[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(
-    prog="benchmarks.frechet", description=__doc__.split("\n", maxsplit=1)[0]
+  parser = harness.parser("frechet", __doc__)
+  parser.add_argument(
+    "--dims", type=positive, nargs="+", default=[2048], help="numbers of features"
   )
-  parser.add_argument("--dims", type=int, nargs="+", default=[2048], help="numbers of features")
-  parser.add_argument("--samples", type=int, nargs="+", default=[1000, 10_000, 50_000])
-  parser.add_argument("--repeats", type=int, default=3, help="medians are over so many")
-  parser.add_argument("--out", help="append JSON lines to this file")
-  args = parser.parse_args(argv)
-  if args.repeats < 1 or min(args.samples) < 2 or min(args.dims) < 1:
-    parser.error("--repeats and --dims must be at least 1, --samples at least 2")
-  columns = ("samples", "dim", "mom. s", "ours s", "sqrtm s", "ratio", "ours", "sqrtm", "exact")
-  print(("{:>8}" * 6 + "{:>14}" * 3).format(*columns))
-  for dim in args.dims:
-    for samples in args.samples:
-      row = measure(samples, dim, args.repeats)
-      *times, one, other, known = list(row.values())[2:]
-      known = "-" if known is None else f"{known:.7f}"
-      cells = "".join(f"{value:8.2f}" for value in times)
-      print(f"{samples:8}{dim:8}{cells}{one:14.7f}{other:14.7f}{known:>14}", flush=True)
-      append(args, "frechet", row)
+  parser.add_argument("--samples", type=positive, nargs="+", default=[1000, 10_000, 50_000])
+  harness.main(parser, COLUMNS, measure, argv)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,39 @@
-"""Measures Inception's speed, next to torch-fidelity's network where that is installed.
+"""Inception's speed, next to torch-fidelity's network where that is installed.
 
 python -m benchmarks.inception --sizes 32 64 256 --batch 16 --out inception.jsonl
 
 Both have the same random weights and give the same outputs from uint8 images: features for FID and
-sFID, and logits. PyTorch's runs as it is published and in its faster layout, channels last. They
-take turns in one process, each on all cores (or on the GPU), so that what else the machine does
-disturbs all of them.
+sFID, and logits. PyTorch's runs as it is published and in its faster layout, channels last, each on
+all cores (or on the GPU).
 """
 
 import argparse
 import copy
-import datetime
-import importlib.metadata
+import functools
 import importlib.util
-import json
 import os
-import statistics
 import sys
 import tempfile
-import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from benchmarks import harness
+from benchmarks.harness import Column
+from tools.command_line import positive
 from umd.metrics.inception import BN_EPS, Inception
+
+COLUMNS = (
+  Column("pixels", "size"),
+  Column("network", "network", "{:>28}"),
+  Column("images/s", "images_per_second", "{:.1f}"),
+  Column("best", "images_per_second_best", "{:.1f}"),
+  Column("umd faster", "umd_faster", "{:.2f}"),
+)
 
 
 def to_torch(params) -> dict[str, np.ndarray]:
@@ -96,51 +102,8 @@ def torchs(network, channels_last: bool) -> Callable:
   return run
 
 
-def versions() -> dict[str, str]:
-  found = {}
-  for name in ("jax", "jaxlib", "flax", "torch", "torch-fidelity"):
-    try:
-      found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      continue
-  return found
-
-
-def measure(networks: dict[str, Callable], images: np.ndarray, repeats: int) -> dict[str, dict]:
-  """Seconds of each network: the first call, and the least and the median of `repeats` more."""
-  clock, first, times = time.perf_counter, {}, {name: [] for name in networks}
-  for turn in range(repeats + 1):
-    for name, run in networks.items():
-      start = clock()
-      run(images)
-      if turn:
-        times[name].append(clock() - start)
-      else:
-        first[name] = clock() - start
-  return {
-    name: {"first": first[name], "min": min(ts), "median": statistics.median(ts)}
-    for name, ts in times.items()
-  }
-
-
-def report(size: int, batch: int, results: dict[str, dict]) -> None:
-  """One row a network: images/s, and how many times as fast as it ours is."""
-  for name, times in results.items():
-    row = f"{size:>6}  {name:<28}"
-    row += "".join(f"{batch / times[kind]:>8.1f}" for kind in ("min", "median"))
-    row += "".join(f"{times[kind] / results['umd'][kind]:>8.2f}" for kind in ("min", "median"))
-    print(f"{row}{times['first'] - times['min']:>8.1f}", flush=True)
-
-
-def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(prog="benchmarks.inception", description=__doc__.split("\n")[0])
-  parser.add_argument("--sizes", nargs="+", type=int, default=[32, 64, 256], help="pixels a side")
-  parser.add_argument("--batch", type=int, default=16)
-  parser.add_argument("--repeats", type=int, default=5)
-  parser.add_argument("--out", default="", help="file to which JSON lines are appended")
-  args = parser.parse_args(argv)
-  if min(args.batch, args.repeats) < 1 or min(args.sizes) < 2:
-    sys.exit("error: --batch and --repeats must be at least 1, --sizes at least 2.")
+def measure(args: argparse.Namespace) -> Iterator[dict]:
+  """A row for every size and network."""
   params = jax.jit(Inception().init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
   networks, theirs = {"umd": ours(params)}, load_torch(params)
   if theirs is None:
@@ -148,22 +111,26 @@ def main(argv: list[str]) -> None:
   else:
     networks["torch-fidelity"] = torchs(theirs, False)
     networks["torch-fidelity, NHWC layout"] = torchs(theirs, True)
-  device = jax.devices()[0].device_kind
-  print(f"{device}, {os.cpu_count()} cores, batches of {args.batch}, {args.repeats} repeats")
-  print(f"{'':>36}{'images/s':>16}{'umd is faster':>16}{'compile':>8}")
-  heads = ["best", "median", "best", "median", "s"]
-  print(f"pixels  {'network':<28}" + "".join(f"{head:>8}" for head in heads))
   for size in args.sizes:
     images = np.random.default_rng(size).integers(0, 256, (args.batch, size, size, 3), np.uint8)
-    results = measure(networks, images, args.repeats)
-    report(size, args.batch, results)
-    if args.out:
-      about = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
-      about |= {"device": device, "cores": os.cpu_count(), "versions": versions()}
-      about |= {"size": size, "batch": args.batch, "seconds": results}
-      with open(args.out, "a", encoding="utf-8") as file:
-        file.write(json.dumps(about) + "\n")
+    calls = {name: functools.partial(run, images) for name, run in networks.items()}
+    times = harness.in_turns(calls, args.repeats)
+    for name, own in times.items():
+      yield {
+        "size": size,
+        "network": name,
+        "images_per_second": args.batch / own.median,
+        "images_per_second_best": args.batch / own.best,
+        "umd_faster": times["umd"].faster_than(own)[0],
+      }
+
+
+def main(argv: list[str] | None = None) -> None:
+  parser = harness.parser("inception", __doc__)
+  parser.add_argument("--sizes", nargs="+", type=positive, default=[32, 64, 256], help="pixels")
+  parser.add_argument("--batch", type=positive, default=16)
+  harness.main(parser, COLUMNS, measure, argv)
 
 
 if __name__ == "__main__":
-  main(sys.argv[1:])
+  main()

@@ -3,8 +3,8 @@
 python -m benchmarks.input --data imagenet_sample --size 64 256 --out input.jsonl
 
 Every way runs in the trainer's own pipeline (JPEGs in memory, shuffled, a random crop, mirrored, in
-[-1, 1], in batches), in turns in one process. Windows are the same for all. `per core` counts the
-seconds of CPU time of the whole process, and `images/s` those of the clock.
+[-1, 1], in batches). Windows are the same for all. `per core` counts the seconds of CPU time of the
+whole process, and `images/s` those of the clock.
 
   plain     decodes the whole image, crops, resizes with antialiasing
   public    decodes the window only, by TensorFlow's default DCT, resizes without antialiasing
@@ -15,13 +15,14 @@ seconds of CPU time of the whole process, and `images/s` those of the clock.
 
 import argparse
 import gc
-import statistics
 import time
+from collections.abc import Iterator
 
 import numpy as np
 
-from benchmarks.records import append
-from tools.command_line import positive, run
+from benchmarks import harness
+from benchmarks.harness import Column, Times
+from tools.command_line import positive
 from umd import data
 from umd.data import ops
 from umd.data.decoding import inception_window
@@ -29,6 +30,17 @@ from umd.data.host import tensorflow
 from umd.data.records import Records, row
 from umd.data.sources import Source
 
+COLUMNS = (
+  Column("px", "size"),
+  Column("", "kind", "{:>12}"),
+  Column("images/s per core", "per_core", "{:.0f}"),
+  Column("images/s", "images_per_second", "{:.0f}"),
+  Column("x plain", "times_plain", "{:.2f}"),
+  Column("(range)", "times_plain_range", "{0[0]:.2f}-{0[1]:.2f}"),
+  Column("x public", "times_public", "{:.2f}"),
+  Column("(range)", "times_public_range", "{0[0]:.2f}-{0[1]:.2f}"),
+  Column("error", "error_of_255", "{:.2f}"),
+)
 MADE = 128  # JPEGs that are made where there is no data.
 SIDES = (375, 500)  # Height and width of most of ImageNet's.
 QUALITY = 85  # For 104 kB, as ImageNet has.
@@ -155,7 +167,7 @@ def errors(records: Records, size: int, area: float, images: int) -> dict[str, f
 
 
 def time_one(source: Source, batch_size: int, batches: int) -> tuple[float, float]:
-  """(images/s by the process's CPU time, by the clock) of a pipeline that has begun to flow."""
+  """Seconds an image, (by the clock, of all cores), of a pipeline that has begun to flow."""
   stream = data.train_batches(source, batch_size, seed=SEED)
   for _ in range(WARM_UP):
     next(stream)
@@ -165,75 +177,52 @@ def time_one(source: Source, batch_size: int, batches: int) -> tuple[float, floa
   cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
   del stream  # Its threads would read ahead while the next one is timed.
   gc.collect()
-  return batches * batch_size / cpu, batches * batch_size / wall
+  return wall / (batches * batch_size), cpu / (batches * batch_size)
 
 
 def measure(records: Records, size: int, args: argparse.Namespace) -> list[dict]:
   """A row per way."""
-  found = sources(records, size, args.area_min)
+  ways = sources(records, size, args.area_min)
   off = errors(records, size, args.area_min, args.images)
-  times = {name: [] for name in found}
+  times = {name: Times([], []) for name in ways}
   for _ in range(args.repeats):  # In turns: what slows the machine down slows all.
-    for name, source in found.items():
+    for name, source in ways.items():
       faster = FASTER if name == "cached" else 1
-      times[name].append(time_one(source, args.batch_size, args.batches * faster))
-  rows = []
-  for name, pairs in times.items():
-    per_core, wall = (list(column) for column in zip(*pairs, strict=True))
-    line = {"kind": name, "size": size, "per_core": statistics.median(per_core)}
-    line |= {"per_core_min": min(per_core), "per_core_max": max(per_core)}
-    line |= {"images_per_second": statistics.median(wall)}
+      wall, cores = time_one(source, args.batch_size, args.batches * faster)
+      times[name].wall.append(wall)
+      times[name].cores.append(cores)
+  # Ways are compared by the seconds of all cores: how many cores were free does not count.
+  by_cores = {name: Times(own.cores, own.cores) for name, own in times.items()}
+  made = []
+  for name, own in by_cores.items():
+    line = {"kind": name, "size": size}
+    line |= {"per_core": 1 / own.median, "images_per_second": 1 / times[name].median}
     for other in (BASE, "public"):
-      ratios = [a[0] / b[0] for a, b in zip(pairs, times[other], strict=True)]
-      line[f"times_{other}"] = statistics.median(ratios)
-      line[f"times_{other}_min"], line[f"times_{other}_max"] = min(ratios), max(ratios)
-    line |= {"error_of_255": off.get(name), "energy": off.get(f"energy {name}")}
-    rows.append(line)
-  return rows
+      ratio, least, most = own.faster_than(by_cores[other])
+      line |= {f"times_{other}": ratio, f"times_{other}_range": [least, most]}
+    made.append(line | {"error_of_255": off.get(name), "energy": off.get(f"energy {name}")})
+  return made
 
 
-def show(line: dict) -> str:
-  """A row of the table."""
-  spread = lambda name, form: (
-    f"{line[name]:{form}} [{line[name + '_min']:{form}}, {line[name + '_max']:{form}}]"
-  )
-  cells = [f"{line['size']:>5}  {line['kind']:<12}{spread('per_core', '.0f'):>22}"]
-  cells.append(f"{line['images_per_second']:>10.0f}")
-  cells += [f"{spread(f'times_{other}', '.2f'):>22}" for other in (BASE, "public")]
-  off = line["error_of_255"]
-  cells.append(f"{'-':>8}" if off is None else f"{off:>8.2f}")
-  return "".join(cells)
-
-
-def work(args: argparse.Namespace) -> None:
+def rows(args: argparse.Namespace) -> Iterator[dict]:
+  """A row for each size and way."""
   records = open_jpegs(args.data, args.data_dir)
-  count = min(args.images, len(records))
-  print(f"{len(records)} JPEGs of {records.name}; error: mean of {count} images, of 255")
-  header = f"{'px':>5}  {'':<12}{'images/s per core':>22}{'images/s':>10}"
-  print(f"{header}{'times plain':>22}{'times public':>22}{'error':>8}")
+  print(f"{len(records)} JPEGs of {records.name}; the error is the mean of {args.images} images")
   for size in args.size:
-    for line in measure(records, size, args):
-      print(show(line), flush=True)
-      append(args, "input", line)
+    yield from measure(records, size, args)
 
 
 def main(argv: list[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(
-    prog="benchmarks.input", description=__doc__.split("\n", maxsplit=1)[0]
-  )
-  parser.add_argument(
-    "--data", default="", help="TFDS name of the JPEGs, or folder:PATH; by default they are made"
-  )
-  parser.add_argument("--data_dir", default="", help="where TFDS keeps its data")
-  parser.add_argument("--size", type=positive, nargs="+", default=[64, 256], help="pixels")
-  parser.add_argument("--area_min", type=float, default=80, help="of a crop, percent of the area")
-  parser.add_argument("--batch_size", type=positive, default=64)
-  parser.add_argument("--batches", type=positive, default=16, help="that are timed at a time")
-  parser.add_argument("--images", type=positive, default=100, help="over which errors are taken")
-  parser.add_argument("--repeats", type=positive, default=5, help="medians are over so many")
-  parser.add_argument("--out", help="append JSON lines to this file")
-  args = parser.parse_args(argv)
-  run(lambda: work(args))
+  parser = harness.parser("input", __doc__)
+  add = parser.add_argument
+  add("--data", default="", help="TFDS name of the JPEGs, or folder:PATH; by default they are made")
+  add("--data_dir", default="", help="where TFDS keeps its data")
+  add("--size", type=positive, nargs="+", default=[64, 256], help="pixels")
+  add("--area_min", type=float, default=80, help="of a crop, percent of the area")
+  add("--batch_size", type=positive, default=64)
+  add("--batches", type=positive, default=16, help="that are timed at a time")
+  add("--images", type=positive, default=100, help="over which errors are taken")
+  harness.main(parser, COLUMNS, rows, argv)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 python -m benchmarks.latents --variant B/2 --size 256 --batch_size 4 --repeats 3 --out latents.jsonl
 
-Both steps are the trainer's, with the same model and batch, and run in turns in one process. The
+Both steps are the trainer's, with the same model and batch. The
 auto-encoder is Stable Diffusion's in size with random weights, which cost as much as trained ones.
 Memory is the compiler's account of one device: arguments (state, frozen parameters, batch) and
 temporaries. `disk` is what `tools.encode_latents` would write, per million images.
@@ -10,16 +10,18 @@ temporaries. `disk` is what `tools.encode_latents` would write, per million imag
 
 import argparse
 import functools
-import statistics
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.records import append
+from benchmarks import harness
+from benchmarks.harness import Column
 from configs import ae_i1k
+from tools.command_line import positive
 from umd import models, objectives
 from umd.codecs.codec import Latents, encode_batch
 from umd.codecs.vae import Architecture, KLAutoEncoder
@@ -31,6 +33,14 @@ from umd.paths import make_path
 from umd.state import init_state, make_train_step
 from umd.trained import saved
 
+COLUMNS = (
+  Column("", "kind"),
+  Column("images/s", "images_per_second", "{:.2f}"),
+  Column("times", "times_as_fast", "{:.2f}"),
+  Column("state MiB", "arguments_mib", "{:.0f}"),
+  Column("temp. MiB", "temporaries_mib", "{:.0f}"),
+  Column("GB/million", "disk_gb_per_million_and_view", "{:.2f}"),
+)
 FLOAT16 = 2  # Bytes of a number on disk.
 
 
@@ -78,13 +88,13 @@ def make_steps(args: argparse.Namespace, mesh) -> dict:
   return {"state": fresh, "step": step, "stored": batch(*stored), "on the fly": batch(*image_size)}
 
 
-def measure(args: argparse.Namespace) -> list[dict]:
+def measure(args: argparse.Namespace) -> Iterator[dict]:
   """A row per kind of step."""
   parts = make_steps(args, make_mesh())
-  rows, seconds = {}, {}
+  rows, calls, state = {}, {}, {"now": parts["state"]()}
   for kind in ("stored", "on the fly"):
     start = time.perf_counter()
-    compiled = parts["step"].lower(parts["state"](), parts[kind]).compile()
+    compiled = parts["step"].lower(state["now"], parts[kind]).compile()
     memory = compiled.memory_analysis()
     rows[kind] = {
       "kind": kind,
@@ -92,46 +102,31 @@ def measure(args: argparse.Namespace) -> list[dict]:
       "arguments_mib": memory.argument_size_in_bytes / 2**20,
       "temporaries_mib": memory.temp_size_in_bytes / 2**20,
     }
-    state, _ = parts["step"](parts["state"](), parts[kind])
-    jax.block_until_ready(state)
-    seconds[kind] = []
-  for _ in range(args.repeats):  # In turns: what slows the machine down slows both.
-    for kind in rows:
-      start = time.perf_counter()
-      state, _ = parts["step"](state, parts[kind])
-      jax.block_until_ready(state)
-      seconds[kind].append(time.perf_counter() - start)
-  for kind, row in rows.items():
-    row["images_per_second"] = args.batch_size / statistics.median(seconds[kind])
-  ratios = [b / a for a, b in zip(seconds["stored"], seconds["on the fly"], strict=True)]
-  rows["stored"]["times_as_fast"] = statistics.median(ratios)
+
+    def step(kind=kind):
+      state["now"], metrics = parts["step"](state["now"], parts[kind])
+      return metrics
+
+    calls[kind] = step
+  times = harness.in_turns(calls, args.repeats)
   side = args.size // Architecture().factor
   numbers = side * side * 2 * Architecture().latent_channels
-  rows["stored"]["disk_gb_per_million_and_view"] = 1e6 * numbers * FLOAT16 / 1e9
-  return list(rows.values())
+  for kind, row in rows.items():
+    row["images_per_second"] = args.batch_size / times[kind].median
+    row["times_as_fast"] = times[kind].faster_than(times["on the fly"])[0]
+    if kind == "stored":
+      row["disk_gb_per_million_and_view"] = 1e6 * numbers * FLOAT16 / 1e9
+    yield row
 
 
 def main(argv: list[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(
-    prog="benchmarks.latents", description=__doc__.split("\n", maxsplit=1)[0]
-  )
+  parser = harness.parser("latents", __doc__)
   parser.add_argument("--variant", default="B/2", help="of the model, see ae_i1k.py")
-  parser.add_argument("--size", type=int, default=256, help="side of the images in pixels")
-  parser.add_argument("--batch_size", type=int, default=4)
-  parser.add_argument("--chunk", type=int, default=8, help="images that are encoded at a time")
+  parser.add_argument("--size", type=positive, default=256, help="side of the images in pixels")
+  parser.add_argument("--batch_size", type=positive, default=4)
+  parser.add_argument("--chunk", type=positive, default=8, help="images that are encoded at a time")
   parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-  parser.add_argument("--repeats", type=int, default=3, help="medians are over so many")
-  parser.add_argument("--out", help="append JSON lines to this file")
-  args = parser.parse_args(argv)
-  if args.repeats < 1:
-    parser.error("--repeats must be at least 1")
-  print(("{:>12}" * 6).format("", "images/s", "times", "state MiB", "temp. MiB", "GB/million"))
-  for row in measure(args):
-    times, disk = row.get("times_as_fast"), row.get("disk_gb_per_million_and_view")
-    numbers = (row["images_per_second"], times, row["arguments_mib"], row["temporaries_mib"], disk)
-    cells = "".join(f"{'-':>12}" if value is None else f"{value:12.2f}" for value in numbers)
-    print(f"{row['kind']:>12}{cells}", flush=True)
-    append(args, "latents", row)
+  harness.main(parser, COLUMNS, measure, argv)
 
 
 if __name__ == "__main__":

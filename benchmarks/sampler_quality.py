@@ -1,5 +1,7 @@
 """How good samples of a trained model are for how many evaluations of its network.
 
+python -m benchmarks.sampler_quality --workdir runs/quickstart --num 500 --seeds 3 --out q.jsonl
+
 `error` is the root mean square distance of images from those that Heun's method with very many
 steps makes of the same noise, in [-1, 1]: what a sampler loses by its steps, of however good a
 model. `frechet` is the Frechet distance to the training data in features of a small classifier (see
@@ -16,8 +18,11 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 import numpy as np
 
+from benchmarks import harness
+from benchmarks.harness import Column
 from evaluators import generation
 from evaluators.context import Context
+from tools.command_line import positive
 from umd import load
 from umd.devices.mesh import make_mesh
 from umd.runs import workdir
@@ -27,6 +32,15 @@ from umd.trained.model import Pretrained
 WAYS = (
   *("ddim", "dpmpp_2m", "dpmpp_2m:logsnr", "dpmpp_2m:quadratic", "dpmpp_2m:karras"),
   *("ab2", "ab2:quadratic", "heun", "heun:quadratic"),
+)
+COLUMNS = (
+  Column("cfg", "cfg_scale"),
+  Column("sampler", "sampler"),
+  Column("spacing", "spacing"),
+  Column("evaluations", "evaluations"),
+  Column("error", "error", "{:.4f}"),
+  Column("frechet", "frechet_mean", "{:.2f}"),
+  Column("deviation", "frechet_deviation", "{:.2f}"),
 )
 COMPARED = 64  # Images whose distance from the exact ones is taken.
 EVERY = 10**6  # No picture is wanted but the last.
@@ -89,32 +103,46 @@ def open_judge(model: Pretrained, num: int, cache: str) -> Callable[[np.ndarray]
   return frechet
 
 
-def measure(args: argparse.Namespace) -> list[dict]:
-  """Rows of the table, which is printed as it is made."""
+def measure(args: argparse.Namespace) -> Iterator[dict]:
+  """A row for each guidance, sampler and number of evaluations."""
   ways, model = list(parse(args.samplers)), load(args.workdir)
   if args.num < 2:
     raise ValueError(f"--num={args.num} must be at least 2: one sample has no distribution.")
   most = model.description.inference().path.timesteps
-  scales = sorted({1.0, model.sampling.cfg_scale})
-  names = ("cfg", "sampler", "spacing", "evaluations", "error", "frechet", "deviation")
-  print(("{:>6}{:>10}{:>11}" + "{:>13}" * 4).format(*names))
-  rows = []
   with tempfile.TemporaryDirectory() as empty:
     beside = os.path.join(os.path.dirname(model.folder.rstrip("/")), "cache")
     frechet = open_judge(model, args.num, beside if os.path.isdir(beside) else empty)
-    for scale in scales:
+    for scale in sorted({1.0, model.sampling.cfg_scale}):
       sample = functools.partial(draw, model, cfg_scale=scale)
-      many = min(args.reference, most)
-      exact = sample(COMPARED, 0, sampler="heun", steps=many, spacing="uniform")
+      reference = min(args.reference, most)
+      exact = sample(COMPARED, 0, sampler="heun", steps=reference, spacing="uniform")
       for sampler, spacing in ways:
         for steps in sorted({min(most, steps_for(sampler, n)) for n in args.evaluations}):
-          given = dict(sampler=sampler, steps=steps, spacing=spacing)
-          error = np.sqrt(np.square(sample(COMPARED, 0, **given) - exact).mean())
-          values = [frechet(sample(args.num, seed, **given)) for seed in range(args.seeds)]
-          row = {"cfg_scale": scale, **given, "evaluations": SOLVERS[sampler].evaluations(steps)}
-          row |= {"error": float(error), "frechet": values}
-          rows.append(row)
-          spread = np.std(values, ddof=1) if len(values) > 1 else np.nan
-          numbers = f"{row['evaluations']:13}{error:13.4f}{np.mean(values):13.2f}{spread:13.2f}"
-          print(f"{scale:6.2f}{sampler:>10}{spacing:>11}{numbers}", flush=True)
-  return rows
+          settings = dict(sampler=sampler, steps=steps, spacing=spacing)
+          error = np.sqrt(np.square(sample(COMPARED, 0, **settings) - exact).mean())
+          values = [frechet(sample(args.num, seed, **settings)) for seed in range(args.seeds)]
+          yield {
+            "cfg_scale": scale,
+            **settings,
+            "evaluations": SOLVERS[sampler].evaluations(steps),
+            "error": float(error),
+            "frechet": values,
+            "frechet_mean": float(np.mean(values)),
+            "frechet_deviation": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+          }
+
+
+def main(argv: list[str] | None = None) -> None:
+  parser = harness.parser("sampler_quality", __doc__)
+  add = parser.add_argument
+  add("--workdir", metavar="DIR", required=True, help="of a trained model")
+  add("--num", type=positive, default=500, help="samples of each seed (500)")
+  add("--seeds", type=positive, default=3, help="so many, for the spread (3)")
+  add("--evaluations", type=positive, nargs="+", default=[5, 10, 15, 20, 25, 50, 125])
+  add("--samplers", nargs="+", help="SAMPLER or SAMPLER:SPACING (some of each)")
+  add("--reference", type=positive, default=500, help="steps of Heun's that count as exact (500)")
+  harness.main(parser, COLUMNS, measure, argv)
+
+
+if __name__ == "__main__":
+  main()

@@ -3,18 +3,18 @@
 python -m benchmarks.train_step --cases ti4_32 s4_64 --methods umd mae dit maskdit --repeats 5
 
 Every variant is the trainer's step (loss, gradient, clipping, AdamW, average, guard) with the same
-weights, batch and random numbers, on synthetic images; they run in turns in one process, so that
-what else the machine does slows all of them. `ours` runs as the trainer decides for this device,
-`plain` as `benchmarks/plain.py` says, others with the options that their names say. GFLOP/s are of
-the model's own matrix products (`umd.devices.flops`): work done again to save memory does not count.
+weights, batch and random numbers, on synthetic images. `ours` runs as the trainer decides for this
+device, `plain` as `benchmarks/plain.py` says, others with the options that their names say. GFLOP/s
+are of the model's own matrix products (`umd.devices.flops`): work done again does not count.
 `x plain` compares images/s, `by cores` the seconds of all cores, which other work hardly changes.
 Memory is the compiler's account of one device: arguments (state and batch) and temporaries.
 """
 
 import argparse
+import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -22,10 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from benchmarks import harness
+from benchmarks.harness import Column, Times
 from benchmarks.plain import Plain
-from benchmarks.records import append
 from configs import common
-from tools.command_line import positive, run
+from tools.command_line import positive
 from trainers import diffusion, optim
 from umd import objectives
 from umd.devices import chips
@@ -138,125 +139,85 @@ def compile_step(case: str, method: str, dtype: str, variant: str) -> Candidate:
   return Candidate(compiled, state, batch, row)
 
 
-class Times(NamedTuple):
-  """Seconds of a step in each round: by the wall clock, and of all cores of this process.
-
-  Seconds of cores hardly change with what else the machine does; of an accelerator they say little.
-  """
-
-  wall: list[float]
-  cores: list[float]
-
-
-def time_in_turns(candidates: list[Candidate], repeats: int, inner: int) -> list[Times]:
-  """The times of each candidate; a round is `inner` steps of each."""
-  times, states = [Times([], []) for _ in candidates], [c.state for c in candidates]
-  for _ in range(repeats):
-    for i, candidate in enumerate(candidates):
-      wall, cores = time.perf_counter(), time.process_time()
-      for _ in range(inner):
-        states[i], _ = candidate.compiled(states[i], candidate.batch, ())
-      jax.block_until_ready(states[i])
-      times[i].wall.append((time.perf_counter() - wall) / inner)
-      times[i].cores.append((time.process_time() - cores) / inner)
-  return times
-
-
-def against(plain: list[float], own: list[float]) -> tuple[float, tuple[float, float]]:
-  """How many times as fast as the plain variant: median over the rounds, and the extremes."""
-  ratios = [b / a for a, b in zip(own, plain, strict=True)]
-  return statistics.median(ratios), (min(ratios), max(ratios))
-
-
 def summarise(candidates: list[Candidate], times: list[Times]) -> Iterator[dict]:
   """A row per candidate: rates from medians, and how it compares to the plain variant."""
-  names = [c.row["variant"] for c in candidates]
+  names = [candidate.row["variant"] for candidate in candidates]
   plain = times[names.index("plain")] if "plain" in names else None
   device = jax.devices()[0]
   for candidate, own in zip(candidates, times, strict=True):
-    row, middle = candidate.row, statistics.median(own.wall)
-    rate = 1e9 * row["gflop_per_step"] / middle / jax.device_count()
+    row = candidate.row
+    rate = 1e9 * row["gflop_per_step"] / own.median / jax.device_count()
     peak = chips.peak_flops(device.device_kind, row["dtype"])
     batch_size = len(candidate.batch["label"])
-    more = dict(
-      images_per_second=batch_size / middle,
-      images_per_second_best=batch_size / min(own.wall),
+    measured = dict(
+      images_per_second=batch_size / own.median,
+      images_per_second_best=batch_size / own.best,
       core_seconds=statistics.median(own.cores),
       gflops_per_second=rate / 1e9,
       mfu=rate / peak if peak else None,
       device_peak_mib=((device.memory_stats() or {}).get("peak_bytes_in_use", 0)) / 2**20 or None,
+      seconds=own.wall,
     )
     if plain:
-      more["times_plain"], more["times_plain_range"] = against(plain.wall, own.wall)
-      more["times_plain_cores"], _ = against(plain.cores, own.cores)
-    yield {**row, **more, "seconds": own.wall}
+      ratio, least, most = own.faster_than(plain)
+      by_cores, *_ = Times(own.cores, []).faster_than(Times(plain.cores, []))
+      measured |= dict(
+        times_plain=ratio, times_plain_range=[least, most], times_plain_cores=by_cores
+      )
+    yield {**row, **measured}
 
 
-# Heading: key of a row, format of the cell.
-COLUMNS = {
-  "case": ("case", "{}"),
-  "method": ("method", "{}"),
-  "dtype": ("dtype", "{}"),
-  "variant": ("variant", "{}"),
-  "images/s": ("images_per_second", "{:.2f}"),
-  "best": ("images_per_second_best", "{:.2f}"),
-  "x plain": ("times_plain", "{:.2f}"),
-  "(range)": ("times_plain_range", "{0[0]:.2f}-{0[1]:.2f}"),
-  "by cores": ("times_plain_cores", "{:.2f}"),
-  "core s": ("core_seconds", "{:.3f}"),
-  "GFLOP": ("gflop_per_step", "{:.0f}"),
-  "GFLOP/s": ("gflops_per_second", "{:.0f}"),
-  "MFU": ("mfu", "{:.1%}"),
-  "compile s": ("compile_seconds", "{:.1f}"),
-  "args MiB": ("arguments_mib", "{:.0f}"),
-  "temp MiB": ("temporaries_mib", "{:.0f}"),
-  "loss": ("first_loss", "{:.5f}"),
-}
+COLUMNS = (
+  Column("case", "case"),
+  Column("method", "method"),
+  Column("dtype", "dtype"),
+  Column("variant", "variant"),
+  Column("images/s", "images_per_second", "{:.2f}"),
+  Column("best", "images_per_second_best", "{:.2f}"),
+  Column("x plain", "times_plain", "{:.2f}"),
+  Column("(range)", "times_plain_range", "{0[0]:.2f}-{0[1]:.2f}"),
+  Column("by cores", "times_plain_cores", "{:.2f}"),
+  Column("core s", "core_seconds", "{:.3f}"),
+  Column("GFLOP", "gflop_per_step", "{:.0f}"),
+  Column("GFLOP/s", "gflops_per_second", "{:.0f}"),
+  Column("MFU", "mfu", "{:.1%}"),
+  Column("compile s", "compile_seconds", "{:.1f}"),
+  Column("args MiB", "arguments_mib", "{:.0f}"),
+  Column("temp MiB", "temporaries_mib", "{:.0f}"),
+  Column("loss", "first_loss", "{:.5f}"),
+)
 
 
-def cells(row: dict) -> str:
-  """A row of the table; what is not known is "-"."""
-  shown = []
-  for heading, (key, form) in COLUMNS.items():
-    value = row.get(key)
-    shown.append(("-" if value is None else form.format(value)).rjust(max(10, len(heading))))
-  return " ".join(shown)
+def call(candidate: Candidate) -> Callable:
+  """A function that takes the candidate's next step; the state is donated, so it is kept here."""
+  states = [candidate.state]
+
+  def step():
+    state, metrics = candidate.compiled(states.pop(), candidate.batch, ())
+    states.append(state)
+    return state, metrics
+
+  return step
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict]:
   """Rows of all that is asked for, each case, method and dtype on its own."""
-  for case in args.cases:
-    for method in args.methods:
-      for dtype in args.dtypes:
-        candidates = [compile_step(case, method, dtype, v) for v in args.variants]
-        yield from summarise(candidates, time_in_turns(candidates, args.repeats, args.inner))
+  for case, method, dtype in itertools.product(args.cases, args.methods, args.dtypes):
+    candidates = [compile_step(case, method, dtype, variant) for variant in args.variants]
+    calls = {c.row["variant"]: call(c) for c in candidates}
+    times = harness.in_turns(calls, args.repeats, args.inner, warm_up=0)
+    yield from summarise(candidates, list(times.values()))
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    prog="benchmarks.train_step", description=__doc__.split("\n", maxsplit=1)[0]
-  )
+def main(argv: list[str] | None = None) -> None:
+  parser = harness.parser("train_step", __doc__)
   several = lambda known, default: dict(nargs="+", choices=known, default=default)
   parser.add_argument("--cases", **several(tuple(CASES), ["ti4_32"]), help="sizes, see CASES")
   parser.add_argument("--methods", **several(METHODS, list(METHODS)))
   parser.add_argument("--dtypes", **several(("float32", "bfloat16"), ["float32"]))
   parser.add_argument("--variants", **several(tuple(VARIANTS), ["ours", "plain"]))
-  parser.add_argument("--repeats", type=positive, default=5, help="rounds; medians are over them")
   parser.add_argument("--inner", type=positive, default=1, help="steps of a variant in each round")
-  parser.add_argument("--out", help="append JSON lines to this file")
-  return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-  args = parse(argv)
-
-  def work() -> None:
-    print(" ".join(heading.rjust(max(10, len(heading))) for heading in COLUMNS))
-    for row in measure(args):
-      print(cells(row), flush=True)
-      append(args, "train_step", row)
-
-  run(work)
+  harness.main(parser, COLUMNS, measure, argv)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,8 @@ def test_the_table_has_every_way_and_the_lines_hold_the_numbers(
   assert all(line["per_core"] > 0 and line["images_per_second"] > 0 for line in lines)
   assert lines[0]["times_plain"] == 1 and lines[-1]["error_of_255"] is None
   shown = capsys.readouterr().out.splitlines()
-  assert shown[0].startswith("6 JPEGs of made JPEGs") and len(shown) == 2 + len(kinds)
+  assert any(line.startswith("6 JPEGs of made JPEGs") for line in shown[:2])
+  assert len(shown) == 2 + len(kinds)
 
 
 def test_data_that_is_not_there_is_one_line(capsys):
@@ -126,9 +127,3 @@ def test_a_checkpoint_that_comes_back_changed_is_an_error(small_state, tmp_path,
   monkeypatch.setattr(checkpoint.Checkpoints, "restore", changed)
   with pytest.raises(ValueError, match="step 1: what was restored is not what was saved"):
     checkpoint.measure(small_state, str(tmp_path), 1)
-
-
-def test_the_first_repeat_is_told_apart():
-  lines = checkpoint.rows({"blocking": [9.0, 1.0, 3.0, 2.0], "verify": [4.0]}, 10_000_000)
-  assert [(line["seconds"], line["first"]) for line in lines] == [(2, 9), (4, 4)]
-  assert lines[0]["seconds_max"] == 3 and lines[0]["mb_per_second"] == 5

@@ -15,7 +15,6 @@ from configs import quickstart
 from trainers import diffusion
 from umd.codecs.codec import Pixels
 from umd.devices.mesh import make_mesh
-from umd.objectives import Objective
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST_FILES, MOST_LINES = 16, 1300
