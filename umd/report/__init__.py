@@ -1,6 +1,6 @@
-"""A run's report: a page that needs nothing but a browser."""
+"""The report of a run: one HTML page that needs nothing but a browser."""
 
-from umd.report.read import DEFAULTS, FINISHED, add_stages
+from umd.report.read import DEFAULTS, FINISHED, Run, Series, add_stages, read_run
 from umd.report.writer import FILE, Reporter, write_overview, write_run
 
 __all__ = [
@@ -8,7 +8,10 @@ __all__ = [
   "FILE",
   "FINISHED",
   "Reporter",
+  "Run",
+  "Series",
   "add_stages",
+  "read_run",
   "write_overview",
   "write_run",
 ]

@@ -1,48 +1,48 @@
-"""Keeps the report of a run up to date while it trains, without holding it up."""
+"""Decides when the report of a run is written: beside training, and once more when the run ends."""
 
 import os
-import threading
 import time
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 
 from umd.report import page, read
-from umd.runs import preemption
-from umd.runs import workdir as folder
+from umd.runs import preemption, workdir
 
 FILE = "report.html"
 
 
-def write_run(workdir: str, **about) -> read.Run:
-  """Writes the report of a run into its workdir; what is known is as in `read.read`."""
-  run = read.read(workdir, **about)
-  folder.write_bytes(folder.join(workdir, FILE), page.run_page(run).encode())
+def write_run(folder: str, **known) -> read.Run:
+  """Writes the report of a run into its workdir; `known` goes to `read.read_run`."""
+  run = read.read_run(folder, **known)
+  workdir.write_bytes(workdir.join(folder, FILE), page.run_page(run).encode())
   return run
 
 
-def write_overview(workdir: str, *known: read.Run) -> None:
-  """Writes the report of a folder of stages; those `known` need not be read again."""
-  found = {run.name: run for run in known}
+def write_overview(folder: str, *runs: read.Run) -> None:
+  """Writes the report of a folder with stages; stages among `runs` are not read again."""
+  known = {run.name: run for run in runs}
   stages = [
-    found.get(name) or read.read(folder.join(workdir, name)) for name in read.stages(workdir)
+    known.get(name) or read.read_run(workdir.join(folder, name)) for name in read.stages(folder)
   ]
-  name = os.path.basename(read.whole(workdir))
-  folder.write_bytes(folder.join(workdir, FILE), page.overview_page(name, stages).encode())
+  name = os.path.basename(read.absolute(folder))
+  workdir.write_bytes(workdir.join(folder, FILE), page.overview_page(name, stages).encode())
 
 
 class Reporter:
-  """`report.html` of a run; if it cannot be written, that is one warning and no more.
+  """Keeps `report.html` of a run up to date; only process 0 writes it.
 
-  As a context manager it tells how the run ended if an error ended it. Process 0 writes; elsewhere
-  nothing is done.
+  A report that cannot be written is a warning, once. As a context manager the reporter writes down
+  how the run ended if an error ends it.
   """
 
-  def __init__(self, workdir: str, steps: int | None = None):
-    """`steps`: the last step, if it is known."""
-    self._workdir, self._steps = workdir, steps
-    self._lock, self._thread, self._due = threading.Lock(), None, False
-    self._pictures, self._warned, self._written = {}, False, float("-inf")
+  def __init__(self, folder: str, steps: int | None = None):
+    """Prepares for the run in `folder`; `steps` is its last step, if that is known."""
+    self._folder, self._steps, self._cache = folder, steps, {}
+    self._thread = ThreadPoolExecutor(1, thread_name_prefix="report")
+    self._next, self._last_time, self._warned = Future(), float("-inf"), False
+    self._next.set_result(None)
 
   def __enter__(self) -> "Reporter":
     return self
@@ -54,47 +54,32 @@ class Reporter:
       self.finish(read.INTERRUPTED if stopped else read.FAILED, note)
 
   def update(self, patience: float = 0.0) -> None:
-    """Writes the report behind the caller's back.
+    """Has the report written by a thread, so that training does not wait for it.
 
     Args:
-      patience: not if it was written less than so many seconds ago.
+      patience: The report is left as it is if it was written less than so many seconds ago.
     """
-    if jax.process_index() or time.monotonic() - self._written < patience:
+    if jax.process_index() or time.monotonic() - self._last_time < patience:
       return
-    with self._lock:
-      self._due = True
-      if self._thread is None:
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
+    # A report that still waits for its turn will tell what is new, too.
+    if self._next.done() or self._next.running():
+      self._next = self._thread.submit(self._write, read.RUNNING)
 
   def finish(self, state: str, note: str = "") -> None:
     """Writes the report for the last time, and returns when it is there."""
-    with self._lock:
-      thread, self._due = self._thread, False
-    if thread:
-      thread.join()
     if not jax.process_index():
-      self._write(state, note)
-
-  def _work(self) -> None:
-    while True:
-      with self._lock:
-        if not self._due:
-          self._thread = None
-          return
-        self._due = False
-      self._write(read.RUNNING)
+      self._next.cancel()
+      self._thread.submit(self._write, state, note).result()
 
   def _write(self, state: str, note: str = "") -> None:
     try:
-      run = write_run(
-        self._workdir, state=state, note=note, steps=self._steps, known=self._pictures
-      )
-      if read.is_stage(self._workdir):
-        write_overview(os.path.dirname(read.whole(self._workdir)), run)
+      known = {"state": state, "note": note, "steps": self._steps, "cache": self._cache}
+      run = write_run(self._folder, **known)
+      if read.is_stage(self._folder):
+        write_overview(os.path.dirname(read.absolute(self._folder)), run)
     except Exception as error:  # No report is worth a run.
       if not self._warned:
-        text = f"{folder.join(self._workdir, FILE)} was not written: {error!r}. The run goes on."
-        warnings.warn(text, stacklevel=2)
+        path = workdir.join(self._folder, FILE)
+        warnings.warn(f"{path} was not written: {error!r}. The run goes on.", stacklevel=2)
       self._warned = True
-    self._written = time.monotonic()
+    self._last_time = time.monotonic()
