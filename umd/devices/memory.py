@@ -6,12 +6,12 @@ pass follows from tracing the loss; what XLA then makes of it is a rule of thumb
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
-from jax.extend import core
 
 from umd.devices import chips
+from umd.devices.flops import equations
 
 CHECKPOINT = ("checkpoint", "remat", "remat2")  # What jax.checkpoint is called in a jaxpr.
 
@@ -32,7 +32,7 @@ class StandIn:
 
 
 def gpus(name: str) -> list[StandIn]:
-  """The devices of "H100x8": a part of the name of a kind in `umd.devices.chips.GPUS`, and their number.
+  """The devices of "H100x8": words of the name of a kind in `chips.GPUS`, and their number.
 
   Of several kinds the first counts: "A100" is that of 40 GB, "A100-80GB" the other.
 
@@ -61,21 +61,11 @@ def on_device(tree) -> int:
   return sum(map(shard, jax.tree.leaves(tree)))
 
 
-def _equations(jaxpr) -> Iterator:
-  """All equations of a jaxpr and of those within."""
-  for equation in jaxpr.eqns:
-    yield equation
-    for value in equation.params.values():
-      for inner in value if isinstance(value, (tuple, list)) else (value,):
-        if isinstance(inner, (core.Jaxpr, core.ClosedJaxpr)):
-          yield from _equations(getattr(inner, "jaxpr", inner))
-
-
 def _products(jaxpr) -> list[int]:
   """Bytes of the results of all matrix multiplications, those of a loop once."""
   return [
     sum(nbytes(v.aval) for v in e.outvars)
-    for e in _equations(jaxpr)
+    for e in equations(jaxpr)
     if e.primitive.name == "dot_general"
   ]
 
@@ -112,7 +102,7 @@ def residuals(objective: Callable, params, batch) -> Residuals:
   key = jax.eval_shape(lambda: jax.random.key(0))
   loss = lambda params, batch, key: objective(params, objective.draw(batch, key))
   jaxpr = jax.make_jaxpr(loss)(params, batch, key).jaxpr
-  equations = list(_equations(jaxpr))
+  equations = list(equations(jaxpr))
   again = [e for e in equations if e.primitive.name in CHECKPOINT]
   loops = [e for e in equations if e.primitive.name == "scan"]
   loops = [e for e in loops if e.params["length"] > e.params["unroll"]]
