@@ -83,7 +83,7 @@ def _posterior_tables(path: Path) -> dict[str, np.ndarray]:
 def gaussian_kl(
   mean: Array, log_variance: Array, other_mean: Array, other_log_variance: Array
 ) -> Array:
-  """KL(N(mean, exp(log_variance)) || N(other_mean, exp(other_log_variance))) in nats, elementwise."""
+  """KL(N(mean, exp(log_variance)) || N(other_mean, ...)) in nats, elementwise."""
   difference = log_variance - other_log_variance
   scaled = jnp.square(mean - other_mean) * jnp.exp(-other_log_variance)
   return 0.5 * (jnp.exp(difference) - difference - 1.0 + scaled)

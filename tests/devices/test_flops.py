@@ -1,4 +1,4 @@
-"""FLOPs counted in a jaxpr: by hand, against XLA, and against the sizes of the published networks."""
+"""FLOPs counted in a jaxpr: by hand, against XLA, and against the sizes of published networks."""
 
 import functools
 

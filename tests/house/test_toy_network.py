@@ -1,4 +1,4 @@
-"""A network of forty lines that no other file knows: it trains, samples, is probed, saved, loaded."""
+"""A network of forty lines that no other file knows trains, samples, is probed, saved, loaded."""
 
 import json
 import os

@@ -1,8 +1,8 @@
 """How many floating-point operations a computation asks for, counted in its jaxpr.
 
 A product of [m, k] and [k, n] counts 2 m k n, a convolution 2 for each weight and output; nothing
-else counts (norms, softmax, GELU, masks, losses, the optimiser and the average). The count holds for
-any network, because it walks what JAX traces: patches that are masked are neither embedded nor
+else counts (norms, softmax, GELU, masks, losses, the optimiser and the average). It holds for any
+network, because it walks what JAX traces: patches that are masked are neither embedded nor
 encoded, and a loop's body counts as often as it runs.
 
 A training step counts three forward passes: the backward pass takes two products, with respect to
@@ -18,7 +18,7 @@ import jax
 from jax.extend import core
 
 FORWARD_AND_BACKWARD = 3
-# The fused attention of cuDNN, by the start of its primitive's name: two products of tokens by tokens.
+# The fused attention of cuDNN, by the start of its primitive's name: two products, as in any other.
 CUDNN_ATTENTION = "dot_product_attention_fwd"
 
 
@@ -57,7 +57,7 @@ def _cudnn_attention(equation) -> float:
 
 
 def in_jaxpr(jaxpr) -> float:
-  """FLOPs of all equations; a scan's body counts as often as it runs, of a cond the costlier branch.
+  """FLOPs of all equations: of a scan's body as often as it runs, of a cond's costlier branch.
 
   A loop whose length is not known (`while`) counts once, and a Pallas kernel once for each point of
   its grid.

@@ -102,9 +102,9 @@ def residuals(objective: Callable, params, batch) -> Residuals:
   key = jax.eval_shape(lambda: jax.random.key(0))
   loss = lambda params, batch, key: objective(params, objective.draw(batch, key))
   jaxpr = jax.make_jaxpr(loss)(params, batch, key).jaxpr
-  equations = list(equations(jaxpr))
-  again = [e for e in equations if e.primitive.name in CHECKPOINT]
-  loops = [e for e in equations if e.primitive.name == "scan"]
+  all_equations = list(equations(jaxpr))
+  again = [e for e in all_equations if e.primitive.name in CHECKPOINT]
+  loops = [e for e in all_equations if e.primitive.name == "scan"]
   loops = [e for e in loops if e.params["length"] > e.params["unroll"]]
   scalar = lambda params, batch, key: loss(params, batch, key)[0]
   if not (again or loops):

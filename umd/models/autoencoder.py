@@ -250,7 +250,7 @@ def kept(cond: Float[Array, "b *n d"], mask: Mask | None) -> Float[Array, "b *n 
 
 
 def with_front(cond: Float[Array, "b *n d"], tokens: int) -> Float[Array, "b *n d"]:
-  """The condition with so many tokens in front of the patches: they see the mean of the patches'."""
+  """The condition with `tokens` tokens in front, which see the mean of the patches'."""
   if cond.ndim == 2:
     return cond
   front = jnp.broadcast_to(cond.mean(axis=1, keepdims=True), (len(cond), tokens, cond.shape[-1]))

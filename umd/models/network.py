@@ -41,7 +41,7 @@ class Network(Protocol):
     num_classes: number of labels, 0 for a network without labels. Label `num_classes` stands for
       "no label".
     heads: what is predicted for every pixel: quantities that a path knows (x0, eps, v, ...).
-    patch: side of a patch in pixels, the unit of masks and of scores; 1 for a convolutional network.
+    patch: side of a patch in pixels, the unit of masks and scores; 1 for a convolutional network.
   """
 
   image_size: tuple[int, int, int]
@@ -58,7 +58,7 @@ class Network(Protocol):
     """
 
   def represent(self, images: Array, t: Array, labels: Array | None = None) -> dict[str, Array]:
-    """Features of whole images at times t, {name: [B, D]}; the first is the network's own choice."""
+    """Features of whole images at times t, {name: [B, D]}; the network's own choice first."""
 
 
 def grid(network: Network) -> tuple[int, int]:
