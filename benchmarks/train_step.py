@@ -20,14 +20,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from benchmarks import harness
 from benchmarks.harness import Column, Times
 from benchmarks.plain import Plain
 from configs import common
 from tools.command_line import positive
-from trainers import diffusion, optim
+from trainers import auto, diffusion, optim
 from umd import objectives
 from umd.devices import chips
 from umd.devices.mesh import make_mesh, put_batch, replicate
@@ -98,16 +97,15 @@ def parts(case: str, method: str, dtype: str, variant: str) -> tuple[Step, Train
   kind, options = VARIANTS[variant]
   size = (side, side, 3)
   options = {"condition": "token" if method == "mae" else "adaln", **options}
-  left = {key: options.pop(key) for key in ("scan", "remat") if key in options}
-  left["name"] = "autoencoder"
+  layout = {key: options.pop(key) for key in ("scan", "remat") if key in options}
   streams = objectives.make_streams(common.streams(**common.METHODS[method]))
   mesh, path = make_mesh(), make_path("cosine", 1000)
 
-  def build(how: dict) -> Objective:
-    model = kind(size_name, size, dtype=dtype, **options, **how)
+  def build(**attributes) -> Objective:
+    model = kind(size_name, size, dtype=dtype, **options, **attributes)
     return Objective(model, path, streams, batch_size)
 
-  objective = diffusion.settle(ConfigDict(dict(model=left, accumulate=1)), build, mesh)
+  objective = auto.settle(build, mesh, **layout)
   settings = common.optim(common.scaled(1.5e-4, batch_size), 0.05, 0.95)
   schedule = optim.make_schedule(settings.pop("lr"), STEPS, settings.pop("warmup"))
   tx = optim.make_optimizer(schedule, **settings)

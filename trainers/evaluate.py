@@ -6,10 +6,10 @@ import json
 import os
 import sys
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 import evaluators
 from trainers import logs
@@ -22,8 +22,15 @@ from umd.state import TrainState
 from umd.trained import saved
 
 
-def prepare(config: ConfigDict, workdir: str, cache: str, init_from: str = ""):
-  """(the run in `init_from`, the evaluators), built without computing or writing anything.
+class Parts(NamedTuple):
+  """The trained run, and the evaluators that look at it."""
+
+  run: saved.Run
+  evaluators: list[evaluators.Scheduled]
+
+
+def prepare(config, workdir: str, cache: str, init_from: str = "") -> Parts | None:
+  """Opens the run in `init_from` and builds the evaluators; computes and writes nothing.
 
   The model is the one that the run's own config describes. Without `init_from`, where the run is
   yet to be trained, there is nothing to build, and the result is None.
@@ -36,27 +43,35 @@ def prepare(config: ConfigDict, workdir: str, cache: str, init_from: str = ""):
   return _build(config, cache, init_from) if init_from else None
 
 
-def _build(config: ConfigDict, cache: str, init_from: str):
+def _build(config, cache: str, init_from: str) -> Parts:
   run = saved.open_run(init_from, scan=config.model.scan)
   saved.check_expected(run, config.expected.to_dict())
-  mesh, size = sharding.make_mesh(), config.eval_batch_size
+  mesh = sharding.make_mesh()
   context = evaluators.Context(
-    run.inference, run.streams, mesh, size, config.seed, cache, codec=run.open_codec(mesh)
+    inference=run.inference,
+    streams=run.streams,
+    mesh=mesh,
+    batch_size=config.eval_batch_size,
+    seed=config.seed,
+    cache=cache,
+    codec=run.open_codec(mesh),
   )
-  return run, evaluators.from_config(settings(config, run), context)
+  return Parts(run, evaluators.from_config(settings(config, run), context))
 
 
-def settings(config: ConfigDict, run: saved.Run) -> dict:
-  """Settings of the evaluators; guidance that nobody asked for is left out without labels."""
+def settings(config, run: saved.Run) -> dict:
+  """Returns the evaluators' settings; guidance is left out where the run has no labels for it."""
   evals = config.evals.to_dict()
-  for one in evals.values():
-    if "sampling" in one and config.guide_if_labelled and not run.model.num_classes:
-      one["sampling"]["cfg_scale"] = 1.0
+  for of_evaluator in evals.values():
+    if "sampling" in of_evaluator and config.guide_if_labelled and not run.model.num_classes:
+      of_evaluator["sampling"]["cfg_scale"] = 1.0
   return evals
 
 
 def _load(run: saved.Run, weights: str) -> TrainState:
-  """The run's weights on all devices: the chosen ones where evaluators look, the raw ones too."""
+  """Places the run's weights on all devices: the chosen ones as the average, which evaluators read,
+  and the raw ones as parameters.
+  """
   mesh = sharding.make_mesh()
   chosen, step = load_params(run.folder, weights)
   raw, _ = load_params(run.folder, "raw")
@@ -65,7 +80,8 @@ def _load(run: saved.Run, weights: str) -> TrainState:
 
 
 def run(
-  config: ConfigDict,
+  parts: Parts | None,
+  config,
   workdir: str,
   name: str,
   *,
@@ -75,12 +91,13 @@ def run(
 ) -> dict:
   """Runs every evaluator once on the newest checkpoint of the run in `init_from`.
 
-  Writes metrics and pictures to `workdir`, and adds a line with the settings and all numbers to
-  its evaluations.jsonl. Arguments as in `trainers.diffusion.run`.
+  It writes metrics and pictures to `workdir`, and adds a line with the settings and all numbers to
+  its evaluations.jsonl. Arguments are as in `trainers.diffusion.run`; `parts` is None if the run was
+  yet to be trained when this one was prepared.
   """
-  say, started = logs.printer(name), time.time()
-  prepare(config, workdir, cache)
-  trained, scheduled = _build(config, cache, init_from)
+  say = logs.printer(name)
+  started = time.time()
+  trained, scheduled = parts or _build(config, cache, init_from)
   state = _load(trained, config.init_weights)
   step = int(state.step)
   say(f"evaluates {trained.folder}, step {step}, {config.init_weights} weights")
@@ -102,9 +119,13 @@ def run(
           say(f"  {k} {v}" if isinstance(v, str) else f"  {k} {v:.4g}")
   summary = logs.summarise(name, step, started, sorted(writer.latest), writer)
   if is_main:
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    record = dict(time=now, run=trained.folder, weights=config.init_weights, **summary)
-    record["evals"] = settings(config, trained)
+    record = {
+      "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+      "run": trained.folder,
+      "weights": config.init_weights,
+      **summary,
+      "evals": settings(config, trained),
+    }
     path = os.path.join(workdir, "evaluations.jsonl")
     earlier = folder.read_bytes(path) or b""
     folder.write_bytes(path, earlier + json.dumps(record).encode() + b"\n")

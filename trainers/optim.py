@@ -10,7 +10,7 @@ def make_schedule(lr: float, steps: int, warmup: float) -> Callable:
   """Learning rate: linear from 0 to `lr` over a share `warmup` of the steps, then cosine to 0.
 
   Raises:
-    ValueError: the warm-up is no share of the run.
+    ValueError: the warm-up is not a share of the run.
   """
   if not 0 <= warmup < 1:
     raise ValueError(f"optim.warmup={warmup} must be in [0, 1): it is a share of the steps.")
@@ -35,16 +35,31 @@ def make_optimizer(
   clip_norm: float,
   mu_dtype: str | None = None,
 ) -> optax.GradientTransformation:
-  """Clips by global norm, then AdamW (Loshchilov & Hutter 2019).
+  """Clips by global norm, then takes a step of AdamW (Loshchilov & Hutter 2019).
 
   Args:
-    schedule: learning rate by step.
+    schedule: the learning rate by step.
     wd: weight decay, scaled by the learning rate.
-    beta1: decay of the first moment; beta2 of the second.
-    clip_norm: largest global norm of the gradient.
-    mu_dtype: type of the first moment, None for that of the parameters.
+    beta1: decay of the first moment.
+    beta2: decay of the second moment.
+    clip_norm: the largest global norm of the gradient.
+    mu_dtype: type of the first moment; None for that of the parameters.
   """
   return optax.chain(
     optax.clip_by_global_norm(clip_norm),
     optax.adamw(schedule, beta1, beta2, 1e-8, weight_decay=wd, mask=decay_mask, mu_dtype=mu_dtype),
   )
+
+
+def from_config(optim, steps: int) -> tuple[Callable, optax.GradientTransformation]:
+  """Returns (learning rate by step, optimiser) of a config's `optim`, for a run of `steps`."""
+  schedule = make_schedule(optim.lr, steps, optim.warmup)
+  tx = make_optimizer(
+    schedule,
+    wd=optim.wd,
+    beta1=optim.beta1,
+    beta2=optim.beta2,
+    clip_norm=optim.clip_norm,
+    mu_dtype=optim.mu_dtype,
+  )
+  return schedule, tx

@@ -104,14 +104,14 @@ def _run(plan, workdir: str, wandb_key: str | None, default: ConfigDict) -> list
   ready = build(plan, workdir)
   if jax.process_index() == 0:
     _note(ready, workdir, default)
-  for name, stage, stage_dir, init_from, summary, _ in ready:
+  for name, stage, stage_dir, init_from, summary, parts in ready:
     if summary:
       logs.printer(name)(f"is finished (step {summary['step']}), see {stage_dir}")
     elif preemption.requested():  # Since the stage before has ended.
       raise preemption.preempted()
     else:
       settings = dict(cache=cache, init_from=init_from, wandb_key=wandb_key)
-      summary = trainer(stage).run(stage, stage_dir, name, **settings)
+      summary = trainer(stage).run(parts, stage, stage_dir, name, **settings)
     summaries.append(summary)
   return summaries
 

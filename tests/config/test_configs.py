@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import ae_i1k, common, images, quickstart
-from trainers import diffusion
+from trainers import diffusion, loop
 from umd.data import load
 from umd.models.network import param_shapes
 
@@ -155,14 +155,14 @@ def test_the_second_stage_starts_from_the_first_but_for_what_it_calls_fresh(meth
 )
 def test_the_length_of_a_run_is_given_in_steps_or_in_epochs(steps, epochs, expected):
   config = ConfigDict(dict(steps=steps, epochs=float(epochs), batch_size=100))
-  assert diffusion.count_steps(config, 1000) == expected
+  assert loop.count_steps(config, 1000) == expected
 
 
 @pytest.mark.parametrize("steps, epochs", [(0, 0.0), (5, 1.0)])
 def test_a_run_without_a_length_or_with_two_is_an_error(steps, epochs):
   config = ConfigDict(dict(steps=steps, epochs=epochs, batch_size=100))
   with pytest.raises(ValueError, match=rf"steps={steps} and epochs={epochs}"):
-    diffusion.count_steps(config, 1000)
+    loop.count_steps(config, 1000)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from conftest import random_params
 
 from configs import ae_i1k_lp, common, eval_ae_i1k, quickstart
 from evaluators import Scheduled
-from trainers import diffusion, stages
+from trainers import auto, diffusion, stages
 from trainers.config import describe
 from umd import objectives
 from umd.codecs.codec import Pixels
@@ -239,7 +239,7 @@ def test_the_work_of_a_step_is_told_and_shared_by_the_devices(monkeypatch, tmp_p
   monkeypatch.setattr(diffusion.chips, "peak_flops", lambda found, dtype: known[found, dtype])
   known = {("cpu", "bfloat16"): peak}  # What this machine is taken for.
   parts = diffusion.prepare(config, str(tmp_path), str(tmp_path))
-  batch = diffusion.batch_shapes(parts.model, 32)
+  batch = auto.batch_shapes(parts.model, 32)
   total = flops.train_step(parts.objective, param_shapes(parts.model), batch)
   assert parts.work == writers.Work(total / 4, peak)
   lines = describe.compute(parts, 32)

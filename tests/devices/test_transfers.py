@@ -7,8 +7,7 @@ import optax
 from stand_ins import Function
 
 from configs import quickstart
-from trainers.logs import StepMetrics
-from trainers.loop import Loop
+from trainers.loop import Training, train
 from umd import data
 from umd.devices.mesh import make_mesh
 from umd.state import init_state, make_train_step
@@ -39,9 +38,8 @@ def test_nothing_is_fetched_between_logs_and_nothing_sent_but_batches(tmp_path, 
     with jax.transfer_guard("disallow"):  # On CPU it sees what is sent, not what is fetched.
       return compiled(state, batch)
 
-  loop = Loop(config, str(tmp_path), "run")
   source = data.load("digits", "train")
-  loop.run(state, step, source, [], STEPS, pending=StepMetrics(10, None), mesh=mesh)
+  train(Training(state, lambda: state, step, source, STEPS, [], mesh), config, str(tmp_path), "run")
   assert len(before) == STEPS
   logged = np.flatnonzero(np.diff(before)) + 1
   np.testing.assert_array_equal(logged, np.arange(LOG_EVERY, STEPS, LOG_EVERY))

@@ -296,8 +296,7 @@ def test_a_checkpoint_tells_of_being_written_verified_and_read(tmp_path, impatie
 def test_training_tells_of_waiting_compiling_and_evaluating(tmp_path, impatient, capsys):
   from configs import quickstart
   from evaluators import Scheduled
-  from trainers import logs
-  from trainers.loop import Loop
+  from trainers.loop import Training, train
   from umd.devices.mesh import make_mesh
 
   config = quickstart.get_config("steps=2,batch_size=8").pretrain
@@ -305,8 +304,8 @@ def test_training_tells_of_waiting_compiling_and_evaluating(tmp_path, impatient,
   source = data.from_arrays("noise", np.zeros((16, 2, 2, 1), np.float32), None, 0)
   step = lambda state, batch: (state, {"loss": np.float32(1), "lr": np.float32(1)})
   judge = Scheduled("judge", 0, lambda state: iter([("value", 1.0)]))
-  loop = Loop(config, str(tmp_path / "run"), "run")
-  loop.run(None, step, source, [judge], 2, pending=logs.StepMetrics(), mesh=make_mesh())
+  training = Training(None, lambda: None, step, source, 2, [judge], make_mesh())
+  train(training, config, str(tmp_path / "run"), "run")
   lines = capsys.readouterr().out.splitlines()
   for what in ("reading the first batch", "compiling the training step"):
     assert sum(line == f"[run] {what} ..." for line in lines) == 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from stand_ins import Function
 
-from trainers.diagnosis import _watched, diagnose, inspect
+from trainers.diagnosis import Watch, diagnose, inspect
 from umd import data
 from umd.codecs.codec import Pixels
 from umd.devices.mesh import make_mesh, put_batch, replicated, state_shardings
@@ -115,12 +115,17 @@ def test_watching_changes_no_number(method):
   batch = put_batch({"image": IMAGES, "label": LABELS}, mesh)
   params = jax.device_put(params, replicated(mesh))
   drawn = loss.draw(batch, step_key(0, 5))
+  watch = Watch(NAMES)
+
+  def watched(params, drawn):
+    with nn.intercept_methods(watch):
+      return loss(params, drawn)
+
   expected = jax.jit(loss)(params, drawn)
-  watched, traced = _watched(loss, NAMES, replicated(mesh))
-  total, terms, values = watched(params, drawn)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), (total, terms), expected)
-  assert len(values) == len(traced[-1].names) > 60
-  streams = {name.split(": ")[0] for name in traced[-1].names}
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5)
+  jax.tree.map(close, jax.jit(watched)(params, drawn), expected)
+  assert len(watch.values) == len(watch.names) > 60
+  streams = {name.split(": ")[0] for name in watch.names}
   assert streams == {"all streams", *(f"stream {name!r}" for name in NAMES)}
 
 
@@ -183,13 +188,15 @@ def test_gradients_are_named_from_the_loss_backwards():
 def test_the_batch_of_the_step_and_the_report_are_left_in_the_workdir(tmp_path, method):
   loss, params = method
   source = data.load("digits", "train")
-  batches_from = lambda n: data.train_batches(source, BATCH, seed=3, start_step=n)
-  parts = types.SimpleNamespace(mesh=make_mesh(), codec=Pixels(), objective=loss, streams=STREAMS)
+  parts = types.SimpleNamespace(
+    mesh=make_mesh(), source=source, codec=Pixels(), objective=loss, streams=STREAMS
+  )
+  config = types.SimpleNamespace(batch_size=BATCH, seed=3)
   bad = {**params, "mask_token": np.full_like(params["mask_token"], np.nan)}
-  said = inspect(parts, batches_from, bad, 12, 3, str(tmp_path))
+  text = inspect(parts, config, bad, 12, str(tmp_path))
   path = tmp_path / "nonfinite_step_12.npz"
-  assert said.startswith("Found: parameters not finite before the step: mask_token. ")
-  assert str(path) in said
+  assert text.startswith("Found: parameters not finite before the step: mask_token. ")
+  assert str(path) in text
   batches = data.train_batches(source, BATCH, seed=3)
   twelfth = [next(batches) for _ in range(12)][-1]
   with np.load(path) as saved:

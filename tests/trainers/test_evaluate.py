@@ -142,7 +142,7 @@ def test_an_evaluation_can_be_planned_before_its_run_is_trained(tmp_path):
   config = eval_config().eval
   assert evaluate.prepare(config, str(tmp_path / "eval"), str(tmp_path)) is None
   with pytest.raises(FileNotFoundError, match="'' holds no run"):
-    evaluate.run(config, str(tmp_path / "eval"), "eval", cache=str(tmp_path))
+    evaluate.run(None, config, str(tmp_path / "eval"), "eval", cache=str(tmp_path))
   assert not os.listdir(tmp_path)
 
 

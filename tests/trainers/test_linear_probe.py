@@ -65,11 +65,10 @@ def saved_heads(workdir, step) -> dict:
 
 def run(config, workdir, encoder):
   """The stage alone, on the encoder in another workdir."""
-  return linear_probe.run(
-    *(config.linear_probe, str(workdir), "linear_probe"),
-    cache=str(workdir),
-    init_from=str(encoder / "pretrain"),
-  )
+  stage, cache = config.linear_probe, str(workdir)
+  start = dict(init_from=str(encoder / "pretrain"))
+  parts = linear_probe.prepare(stage, str(workdir), cache, **start)
+  return linear_probe.run(parts, stage, str(workdir), "linear_probe", cache=cache, **start)
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +245,7 @@ def test_a_probe_can_be_planned_before_its_encoder_is_trained(tmp_path):
   config = probe_config().linear_probe
   assert linear_probe.prepare(config, str(tmp_path / "lp"), str(tmp_path)) is None
   with pytest.raises(FileNotFoundError, match="'' holds no run"):
-    linear_probe.run(config, str(tmp_path / "lp"), "linear_probe", cache=str(tmp_path))
+    linear_probe.run(None, config, str(tmp_path / "lp"), "linear_probe", cache=str(tmp_path))
   assert not os.listdir(tmp_path)
 
 

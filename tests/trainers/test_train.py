@@ -39,7 +39,8 @@ def pretrain_config(**overrides):
 
 
 def train(config, workdir, **arguments) -> dict:
-  return diffusion.run(config, str(workdir), "run", cache=str(workdir), **arguments)
+  parts = diffusion.prepare(config, str(workdir), str(workdir))
+  return diffusion.run(parts, config, str(workdir), "run", cache=str(workdir), **arguments)
 
 
 def saved_state(workdir: str, step: int) -> dict:

@@ -9,15 +9,15 @@ import optax
 import pytest
 
 from configs import quickstart
-from trainers import diffusion, stages, transfer
-from trainers.transfer import adopt, check, leaves, resample
+from trainers import diffusion, stages
 from umd.codecs.codec import Pixels
 from umd.devices.mesh import make_mesh, replicated
 from umd.models.network import param_shapes
 from umd.runs import workdir as folder
 from umd.runs.checkpoint import Checkpoints
 from umd.state import TrainState, init_state
-from umd.trained import saved
+from umd.trained import saved, transfer
+from umd.trained.transfer import adopt, check, leaves, resample
 
 ROWS, COLUMNS = np.meshgrid(np.arange(8.0), np.arange(6.0), indexing="ij")
 

@@ -11,14 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ml_collections import ConfigDict, config_dict
 
-from trainers import transfer
 from trainers.config import schema
 from trainers.config.schema import Field, check, fits, join, near
 from umd import models
 from umd.models.autoencoder import parse_variant
 from umd.models.network import Network, param_shapes
 from umd.runs import workdir as folder
-from umd.trained import saved
+from umd.trained import saved, transfer
 
 RESERVED = (".", "..", "cache")  # Names of folders that no stage may have.
 

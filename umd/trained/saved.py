@@ -12,7 +12,6 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 
-from trainers import transfer
 from umd import models, objectives
 from umd.codecs import codec
 from umd.models import MODELS
@@ -24,6 +23,7 @@ from umd.runs import workdir as folder
 from umd.runs.checkpoint import FOLDER, WEIGHTS, Retention
 from umd.runs.progress import say
 from umd.samplers import Sampling
+from umd.trained import transfer
 from umd.trained.inference import Inference
 from umd.weights import safetensors
 

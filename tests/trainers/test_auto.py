@@ -1,10 +1,9 @@
 """What a config leaves to "auto" is decided by the device, and what it says is done."""
 
 import pytest
-from ml_collections import ConfigDict
 
 from configs import common
-from trainers import diffusion
+from trainers import auto
 from umd import objectives
 from umd.devices import chips, memory
 from umd.devices.mesh import make_mesh
@@ -17,18 +16,17 @@ H100, CPU = "NVIDIA H100 80GB HBM3", "cpu"
 
 
 def build(variant="nano/4"):
-  def make(how):
-    model = AutoEncoder(variant, (64, 64, 3), **how)
+  def make(**attributes):
+    model = AutoEncoder(variant, (64, 64, 3), **attributes)
     return Objective(model, make_path("cosine", 1000), STREAMS, 64)
 
   return make
 
 
-def decide(kind, variant="nano/4", **said):
+def decide(kind, variant="nano/4", **settings):
   """(scan, remat) on a device of that kind."""
-  config = ConfigDict(dict(model=said, accumulate=1))
   mesh = make_mesh([memory.StandIn(0, kind)])
-  model = diffusion.settle(config, build(variant), mesh).model
+  model = auto.settle(build(variant), mesh, **settings).model
   return model.scan, model.remat
 
 
@@ -37,7 +35,7 @@ def needs():
   """Bytes that a step takes by the policy."""
   mesh = make_mesh([memory.StandIn(0, H100)])
   return {
-    remat: diffusion.needed(build("nano/4")(dict(scan=False, remat=remat)), mesh)
+    remat: auto.needed(build("nano/4")(scan=False, remat=remat), mesh)
     for remat in ("none", "dots", "full")
   }
 
@@ -49,9 +47,9 @@ def test_the_kinds_are_known_or_not_as_these_tests_take_it():
 def test_what_fits_is_kept(monkeypatch, needs):
   assert needs["none"] > needs["dots"] > needs["full"]
   for capacity, remat in (
-    (needs["none"] / diffusion.USED + 1, "none"),
-    (needs["dots"] / diffusion.USED + 1, "dots"),
-    (needs["full"] / diffusion.USED + 1, "full"),
+    (needs["none"] / auto.USED + 1, "none"),
+    (needs["dots"] / auto.USED + 1, "dots"),
+    (needs["full"] / auto.USED + 1, "full"),
     (0.5 * needs["full"], "full"),  # Nothing fits: the least.
   ):
     monkeypatch.setattr(chips, "memory", lambda kind, capacity=capacity: int(capacity))
@@ -60,13 +58,13 @@ def test_what_fits_is_kept(monkeypatch, needs):
 
 def test_more_parts_of_a_batch_take_less(needs):
   mesh = make_mesh([memory.StandIn(0, H100)])
-  assert diffusion.needed(build("nano/4")(dict(scan=False, remat="none")), mesh, 4) < needs["none"]
+  assert auto.needed(build("nano/4")(scan=False, remat="none"), mesh, 4) < needs["none"]
 
 
 @pytest.mark.parametrize("variant, scan", [("L/4", True), ("Ti/4", False)])
 def test_many_layers_of_which_nothing_is_kept_run_in_a_loop(monkeypatch, variant, scan):
   monkeypatch.setattr(chips, "memory", lambda kind: 1)
-  monkeypatch.setattr(diffusion, "needed", lambda *args: 2)
+  monkeypatch.setattr(auto, "needed", lambda *args: 2)
   assert decide(H100, variant) == (scan, "full")
 
 
