@@ -241,7 +241,12 @@ class Block(nn.Module):
     norm = lambda name: Norm(design.norm, design.norm_eps, design.norm_affine, name=name)
     norm1, norm2 = norm("norm1"), norm("norm2")
     if design.condition == "token":
-      x = jnp.concatenate([_as_token(cond).astype(x.dtype), x], axis=1)
+      if cond.ndim != 2:
+        raise ValueError(
+          "model.condition='token' shows a block one time per image, not one per token. "
+          "Set it to 'adaln' or 'adaln_shared'."
+        )
+      x = jnp.concatenate([cond.astype(x.dtype)[:, None], x], axis=1)
       if place is not None:
         around = [(0, 0)] * (place.ndim - 2)
         place = jnp.pad(place, [*around, (1, 0), (0, 0)], constant_values=NOWHERE)
@@ -260,16 +265,6 @@ class Block(nn.Module):
     x = x + gate1 * attention(norm1(x) * (1 + scale1) + shift1, place)
     x = x + gate2 * mlp(norm2(x) * (1 + scale2) + shift2)
     return x, None
-
-
-def _as_token(cond: Float[Array, "b d"]) -> Float[Array, "b 1 d"]:
-  """Turns the condition of an image into a token."""
-  if cond.ndim != 2:
-    raise ValueError(
-      "model.condition='token' shows a block one time per image, not one per token. "
-      "Set it to 'adaln' or 'adaln_shared'."
-    )
-  return cond[:, None]
 
 
 class Merge(nn.Module):
@@ -414,7 +409,9 @@ class Stack(nn.Module):
     merge = Merge(self.design, self.dtype, parent=None)
     whole = lambda params: placement.gathered(_in_dtype(params, self.dtype))
 
-    def layer(xs, params, merging=None, skips=None):
+    given = [part.skip for part in parts]
+
+    def layer(xs, params, merging=None, skips=given):
       params = whole(params)
       if merging is not None:
         merging = whole(merging)
@@ -436,11 +433,8 @@ class Stack(nn.Module):
 
   def _looped(self, layer: Callable, parts: Sequence[Part], blocks, merges) -> Sequence[Array]:
     xs = tuple(part.x for part in parts)
-    if self.skip == "none":
-      return jax.lax.scan(lambda xs, params: (layer(xs, params), None), xs, blocks)[0]
-    if self.skip == "given":
-      given = [part.skip for part in parts]
-      step = lambda xs, params: (layer(xs, *params, given), None)
+    step = lambda xs, params: (layer(xs, *params), None)
+    if self.skip != "long":
       return jax.lax.scan(step, xs, (blocks, merges))[0]
     cut = lambda start, stop: jax.tree.map(lambda leaf: leaf[start:stop], blocks)
     n, second = self.merges, self.depth - self.merges
@@ -452,7 +446,6 @@ class Stack(nn.Module):
     xs, waiting = jax.lax.scan(first_half, xs, cut(0, n))
     for i in range(n, second):  # The middle layer of an odd depth.
       xs = layer(xs, jax.tree.map(lambda leaf, i=i: leaf[i], blocks))
-    step = lambda xs, params: (layer(xs, *params), None)
     last_in_first_out = jax.tree.map(lambda x: x[::-1], waiting)
     return jax.lax.scan(step, xs, (cut(second, None), merges, last_in_first_out))[0]
 
@@ -460,14 +453,15 @@ class Stack(nn.Module):
     self, layer: Callable, parts: Sequence[Part], blocks, merges, scope: Callable
   ) -> Sequence[Array]:
     xs = tuple(part.x for part in parts)
-    blocks = _layers(blocks, self.depth)
-    merges = _layers(merges, self.merges)
-    waiting = [[part.skip for part in parts]] * self.depth if self.skip == "given" else []
+    blocks, merges = _layers(blocks, self.depth), _layers(merges, self.merges)
+    waiting = []
     for i, params in enumerate(blocks):
+      merged = i - (self.depth - self.merges)  # The number of this block's merge, if it has one.
       with scope(i):
-        merged = i - (self.depth - self.merges)
         if merged < 0:
           xs = layer(xs, params)
+        elif self.skip == "given":
+          xs = layer(xs, params, merges[merged])
         else:
           xs = layer(xs, params, merges[merged], waiting.pop())
       if self.skip == "long" and i < self.merges:
