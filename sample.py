@@ -28,7 +28,7 @@ import numpy as np
 from tools.command_line import add_processes, natural, positive, run
 from umd.devices import distributed
 from umd.metrics.quantize import QUANTIZERS
-from umd.runs import workdir
+from umd.runs import sharded, workdir
 from umd.runs.progress import format_seconds, say
 from umd.samplers import Sampling
 from umd.trained import pictures, shards
@@ -88,9 +88,9 @@ def draw(args: argparse.Namespace, model: Pretrained) -> None:
     **({"dtype": args.dtype} if args.dtype else {}),
   }
   folder = output_folder(args, settings)
-  plan = shards.Plan(folder, settings, f"sample {shlex.join(args.argv)}")
+  plan = shards.SamplePlan(folder, settings, f"sample {shlex.join(args.argv)}")
   shards.begin(plan, distributed.is_main())
-  there = plan.shards - len(shards.missing(plan))
+  there = plan.shards - len(sharded.missing(plan))
   how = ", ".join(f"{key}={value}" for key, value in used.items())
   say(f"{model}\n{num} samples, {how}; {there} of {plan.shards} shards are there")
   place = jax.process_index(), jax.process_count()
@@ -98,9 +98,9 @@ def draw(args: argparse.Namespace, model: Pretrained) -> None:
   if drawn:
     rate = drawn / max(seconds, 1e-9)
     say(f"{drawn} samples drawn here in {format_seconds(seconds)}, {rate:.1f} images/s")
+  sharded.wait(plan, say)
   if not distributed.is_main():
     return
-  shards.wait(plan, say)
   for kind, write in shards.OUTPUTS.items():
     if getattr(args, kind):
       say(write(plan))

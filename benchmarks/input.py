@@ -24,11 +24,10 @@ from benchmarks import harness
 from benchmarks.harness import Column, Times
 from tools.command_line import positive
 from umd import data
-from umd.data import ops
+from umd.data import Source, ops
 from umd.data.decoding import inception_window
 from umd.data.host import tensorflow
 from umd.data.records import Records, row
-from umd.data.sources import Source
 
 COLUMNS = (
   Column("px", "size"),
@@ -94,11 +93,12 @@ def open_jpegs(name: str, data_dir: str) -> Records:
 
 
 class Prepared:
-  """A crop, mirrored or not, in [-1, 1]: takes the place of a source's `preprocess`."""
+  """Crops, mirrors at random and scales to [-1, 1]; stands where a source has its `Preprocess`."""
 
   def __init__(self, crop: ops.Op, size: int):
     self._ops = (crop, ops.flip_lr(), ops.value_range(-1, 1))
-    self.spec = {"image": ((size, size, 3), "float32"), "label": ((), "int32")}
+    self.image_size = (size, size, 3)
+    self.spec = {"image": (self.image_size, "float32"), "label": ((), "int32")}
 
   def __call__(self, example, seed: int, position):
     tf = tensorflow()
@@ -137,11 +137,8 @@ def crops(size: int, area: float) -> dict[str, ops.Op]:
 
 def sources(records: Records, size: int, area: float) -> dict[str, Source]:
   """{name: the JPEGs, prepared in one of the ways}; of `cached`, pixels of the final size."""
-  pp = f"decode_jpeg_and_inception_crop({size}, {area:g})|value_range(-1, 1)"
-  found = {}
-  for name, crop in crops(size, area).items():
-    found[name] = Source(records, pp)
-    found[name].preprocess = Prepared(crop, size)  # The pipeline calls it, and asks for its spec.
+  kinds = crops(size, area).items()
+  found = {name: Source(records, Prepared(crop, size)) for name, crop in kinds}
   count = min(len(records), CACHED)
   pixels = np.random.default_rng(SEED).integers(0, 256, (count, size, size, 3), np.uint8)
   found["cached"] = data.from_arrays("cached", pixels, None, 0, "flip_lr|value_range(-1, 1)")

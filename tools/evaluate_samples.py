@@ -30,7 +30,7 @@ from tools.fid_reference import (
   statistics_file,
 )
 from umd.data import Source
-from umd.data.image_sets import open_images
+from umd.data.sources import open_images
 from umd.devices import distributed
 from umd.devices.mesh import make_mesh
 from umd.metrics import features as extraction

@@ -24,9 +24,9 @@ from jax.sharding import Mesh
 from tools.command_line import add_processes, natural, positive, run
 from umd.data import Source
 from umd.data.host import in_graph, tensorflow
-from umd.data.image_sets import locate, open_images
 from umd.data.pipeline import EVALUATION_SEED
 from umd.data.records import rows
+from umd.data.sources import locate, open_images
 from umd.devices import distributed
 from umd.devices.mesh import each_process, make_mesh
 from umd.metrics import features, statistics

@@ -297,7 +297,7 @@ def test_all_images_at_once_are_those_that_can_be_read(tmp_path):
 )
 def test_the_limit_is_a_number_or_a_share_rounded_down(max_bad, n, most):
   records = from_arrays("some", np.zeros((n, 1, 1, 1), np.float32), None, 0).records
-  assert Source(records, "", max_bad).max_bad == most
+  assert Source(records, "", max_bad).reader.limit == most
 
 
 @pytest.mark.parametrize("max_bad", [-2, -0.5, 1.5, True, float("nan")])
@@ -307,13 +307,13 @@ def test_a_limit_that_is_none_is_an_error(tmp_path, max_bad):
 
 
 def test_one_file_of_a_folder_in_a_thousand_may_be_bad_by_default(tmp_path):
-  assert load("digits", "train").max_bad == 0
+  assert load("digits", "train").reader.limit == 0
   pixels, first = png(image(0)), tmp_path / "1.png"
   for i in range(1050):
     (tmp_path / f"{i}.png").write_bytes(pixels)
   first.write_bytes(b"")
   source = load(f"folder:{tmp_path}", "all", PLAIN)
-  assert source.max_bad == 1
+  assert source.reader.limit == 1
   assert len(source.arrays()[0]) == 1049
   (tmp_path / "2.png").write_bytes(b"")
   with pytest.raises(ValueError, match="2 of 1050 examples are not readable, and max_bad allows 1"):

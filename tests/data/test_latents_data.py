@@ -37,7 +37,7 @@ SUMMARIES = {"train": {"mean": [0.0], "std": [1.0]}, "validation": {"mean": [2.0
 def plan_of(folder, split, num, shards, **encoding):
   settings = {"data": f"some:{split}", "fingerprint": split, "num_images": num, "shards": shards}
   settings["encoding"] = {**ENCODING, **encoding}
-  return latent_files.Plan(str(folder), split, settings, f"make {split}", ("x", "y", "z"))
+  return latent_files.LatentPlan(str(folder), settings, f"make {split}", split, ("x", "y", "z"))
 
 
 def write(folder, split="train", num=N, shards=3, only=None, **encoding):
@@ -233,7 +233,7 @@ def test_other_folders_are_no_latents(folder, tmp_path):
   (out / "metadata.json").write_text("{}")
   assert "metadata.json is not of" in error_of(f"latents:{out}")
   os.remove(out / "metadata.json")
-  shutil.rmtree(out / "encoding")
+  shutil.rmtree(out / "progress")
   assert "Is it 'tfds:NAME'" in error_of(f"latents:{out}")
   assert "'latents:DIR'" in error_of("latents:")
 

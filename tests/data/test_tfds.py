@@ -4,6 +4,7 @@ import itertools
 import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -204,7 +205,7 @@ def test_examples_of_all_processes_have_places_of_their_own_in_the_stream(folder
   source = load("tfds:numbered", "train", PP, data_dir=folders["tfrecord"])
   found = []
   for i in range(3):
-    rows = pipeline._streamed(source, 12, 0, 2, (i, 3)).take(8)
+    rows = pipeline._streamed(source, 12, 0, 2, pipeline.Share(i, 3)).take(8)
     found.append([int(row["position"]) for row in rows])
   steps = np.array(found).reshape(3, 2, 4).transpose(1, 0, 2)
   np.testing.assert_array_equal(steps.ravel(), np.arange(24, 48))
@@ -343,7 +344,7 @@ def test_a_failed_download_is_one_error_with_the_remedy():
 
 
 def test_several_processes_do_not_download(monkeypatch):
-  monkeypatch.setattr(tfds_builders, "process_count", lambda: 4)
+  monkeypatch.setattr(jax, "process_count", lambda: 4)
   builder = Unprepared()
   with pytest.raises(ValueError, match="4 processes cannot all prepare it"):
     tfds_builders._prepare("mnist", builder)

@@ -18,8 +18,7 @@ import evaluators.context
 from trainers import diffusion, evaluate, linear_probe, stages
 from umd import data
 from umd.codecs.codec import Pixels
-from umd.data import records
-from umd.data.records import Records
+from umd.data.records import Records, select
 from umd.models.network import num_tokens, param_shapes
 from umd.objectives import Stream, Term
 from umd.runs import checkpoint
@@ -51,7 +50,7 @@ class Listed(Records):
   def __init__(self, name: str, split: str):
     classes, sizes = CATALOGUE[name.removeprefix("tfds:")]
     super().__init__(f"{name}:{split}", "string", (None, None, 3), classes)
-    parts = records.select(split, sizes, name)
+    parts = select(split, sizes, name)
     self.ids = {(of, int(i)) for of, ids in parts for i in (ids[0], ids[-1])}
     self._count = sum(len(ids) for _, ids in parts)
 

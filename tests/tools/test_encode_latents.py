@@ -18,11 +18,11 @@ from tools import encode_latents
 from tools.encode_latents import Views
 from umd.codecs import codec, latent_files, vae_files
 from umd.codecs.vae import Architecture, KLAutoEncoder
-from umd.data import eval_batches, load
+from umd.data import Source, eval_batches, load
 from umd.data.host import tensorflow
 from umd.data.preprocess import Preprocess
 from umd.devices.mesh import make_mesh
-from umd.runs import workdir
+from umd.runs import sharded, workdir
 
 ARCHITECTURE = Architecture(
   block_out_channels=(8, 16),
@@ -196,7 +196,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(run, whole, tmp_path, monkeypat
 
   def killed(plan, shard, records, report):
     if shard == 1:
-      Path(out, "encoding", os.path.basename(plan.data(1)) + ".tmp").write_bytes(b"half of it")
+      Path(out, "progress", os.path.basename(plan.file(1)) + ".tmp").write_bytes(b"half of it")
       raise KeyboardInterrupt
     write(plan, shard, records, report)
 
@@ -243,46 +243,45 @@ def test_two_processes_write_what_one_writes(images, vae, whole, tmp_path):
   flags = [f"--data=folder:{images}:train", f"--vae={vae}", f"--size={SIZE}", f"--out={out}"]
   args = encode_latents.parse([*flags, "--shards=2", "--vae_dtype=float32"])
   weights = vae_files.load(vae)
-  source = Views(
-    load(f"folder:{images}", "train", "decode|resize(2)|value_range(0, 1)").records, SIZE, 4
-  )
+  records = load(f"folder:{images}", "train", "decode|resize(2)|value_range(0, 1)").records
+  source = Source(records, Views(records, SIZE, 4))
   plan, mesh = encode_latents.make_plan(args, source, weights), make_mesh(jax.local_devices())
   latent_files.begin(plan)
   network = encode_latents.Latents(weights, mesh, "float32", encode_latents.CHUNK)
   for process, shards in ((1, {1}), (0, {0, 1})):
     encode_latents.encode(network, source, plan, 8, mesh, (process, 2))
-    assert set(latent_files.done(plan)) == shards
-  latent_files.wait(plan, True, print)
+    assert set(sharded.done(plan)) == shards
+  sharded.wait(plan, print)
   latent_files.finish(plan, encode_latents.summarize)
-  latent_files.wait(plan, False, print)
   assert contents(out) == {k: v for k, v in contents(whole).items() if "-train" in k}
 
 
-def test_processes_wait_for_one_another(images, vae, whole, tmp_path, monkeypatch):
-  plan = latent_files.Plan(str(tmp_path), "train", {"shards": 2, "encoding": {}}, "")
-  monkeypatch.setattr(latent_files, "PATIENCE", 0.0)
+def test_processes_wait_for_one_another(tmp_path, monkeypatch):
+  settings = {"shards": 2, "encoding": {}}
+  plan = latent_files.LatentPlan(str(tmp_path), settings, "", "train")
+  monkeypatch.setattr(sharded, "VISIBLE_SECONDS", 0.0)
   with pytest.raises(ValueError, match="not seen by all processes"):
     latent_files.begin(plan, is_main=False)
   latent_files.begin(plan)
   latent_files.begin(plan, is_main=False)
-  for is_main in (True, False):
-    slept, told = [], []
+  lines = []
 
-    def sleep(seconds, slept=slept):
-      slept.append(seconds)
-      raise InterruptedError
+  def write_one(seconds):
+    sharded.write_shard(plan, len(lines) - 1, lambda path: Path(path).write_bytes(b"some"))
 
-    monkeypatch.setattr(latent_files.time, "sleep", sleep)
-    with pytest.raises(InterruptedError):
-      latent_files.wait(plan, is_main, told.append)
-    assert len(told) == is_main
+  monkeypatch.setattr(sharded.time, "sleep", write_one)
+  sharded.wait(plan, lines.append)
+  assert [line.split(",")[0] for line in lines] == [
+    "waiting for 2 of 2 shards",
+    "waiting for 1 of 2 shards",
+  ]
 
 
-def views_of(folder, count, seed=0, area_min=80, size=SIZE):
+def views_of(folder, count, seed=0, area_min=80):
   records = load(f"folder:{folder}", "all", "decode|resize(2)|value_range(0, 1)").records
-  source = Views(records, size, count, area_min=area_min, seed=seed)
+  views = Views(records, SIZE, count, area_min, seed)
   example = lambda i: records.parse({k: v[0] for k, v in records.fetch(np.array([i])).items()})
-  return np.stack([source(example(i), 0, i)["image"].numpy() for i in range(len(source))])
+  return np.stack([views(example(i), 0, i)["image"].numpy() for i in range(len(records))])
 
 
 def test_crops_depend_on_seed_view_and_place_alone(tmp_path):
@@ -329,8 +328,8 @@ def fails(capsys, run, *args, **flags):
   "flags, message",
   [
     ({"views": 0}, "--views: 0 is less than 1"),
-    ({"views": 257}, "--views: 257 is more than 256"),
-    ({"seed": 2**45}, "--seed"),
+    ({"views": 257}, "views=257 must be in 1..256"),
+    ({"seed": 2**45}, "seed=35184372088832"),
     ({"size": 9}, "--size=9 must be a multiple of 2"),
     ({"vae": "/nowhere"}, "/nowhere"),
     ({"data": "folder:/nowhere:train"}, "/nowhere"),
@@ -355,7 +354,7 @@ def test_bad_input_is_one_error_before_anything_is_encoded(
 def test_settings_of_another_split_must_agree(run, whole, capsys, monkeypatch):
   monkeypatch.setattr(encode_latents, "encode", None)
   error = fails(capsys, run, whole, "validation", split="test", views=2)
-  assert "split 'train' with other settings" in error
+  assert "holds 'train' with other settings" in error
   assert "encoding.shape: there [4, 4, 4, 8], now [2, 4, 4, 8]" in error
   assert "--shards=2" in error  # The command that made it.
 
@@ -370,7 +369,7 @@ def test_splits_that_are_joined_need_a_name(run, tmp_path, capsys, images):
 
 def test_out_must_be_a_folder_that_can_be_written(run, tmp_path, capsys, monkeypatch):
   (tmp_path / "file").touch()
-  assert "is a file" in fails(capsys, run, str(tmp_path / "file"))
+  assert "cannot be written" in fails(capsys, run, str(tmp_path / "file"))
   assert "cannot be written" in fails(capsys, run, str(tmp_path / "file" / "below"))
   full = shutil.disk_usage("/")._replace(free=1000)
   monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
@@ -405,8 +404,8 @@ def test_an_unreadable_image_is_named_or_left_out(run, tmp_path, capsys):
 
 def test_records_are_in_the_order_of_the_source_however_they_came(whole, tmp_path, images):
   """TFRecord files are read side by side, so their images come mixed."""
-  settings = json.loads(Path(whole, "encoding", "train.json").read_text())["settings"]
-  plan = latent_files.Plan(str(tmp_path), "train", settings, "", ("a", "b", "c"))
+  settings = json.loads(Path(whole, "progress", "train.json").read_text())["settings"]
+  plan = latent_files.LatentPlan(str(tmp_path), settings, "", "train", ("a", "b", "c"))
   source = load(f"folder:{images}", "train", "decode|resize(2)|value_range(0, 1)")
   plan = dataclasses.replace(plan, settings=settings | {"shards": 1})
   index, parts = np.random.default_rng(0).permutation(N + 3), []
@@ -425,8 +424,8 @@ def test_records_are_in_the_order_of_the_source_however_they_came(whole, tmp_pat
 
 
 def test_moments_that_are_not_finite_are_no_latents(run, whole, tmp_path, images, monkeypatch):
-  settings = json.loads(Path(whole, "encoding", "train.json").read_text())["settings"]
-  plan = latent_files.Plan(str(tmp_path), "train", settings, "", ("a", "b", "c"))
+  settings = json.loads(Path(whole, "progress", "train.json").read_text())["settings"]
+  plan = latent_files.LatentPlan(str(tmp_path), settings, "", "train", ("a", "b", "c"))
   records = load(f"folder:{images}", "train", "decode|resize(2)|value_range(0, 1)").records
   part = {
     "moments": np.full((1, *SHAPE), np.inf, np.float16),
@@ -434,7 +433,7 @@ def test_moments_that_are_not_finite_are_no_latents(run, whole, tmp_path, images
     "index": np.array([4]),
     "label": np.array([0]),
   }
-  source = Views(records, SIZE, 4)
+  source = Source(records, Views(records, SIZE, 4))
   with pytest.raises(ValueError, match=rf"{records.describe(4)}.*not finite in float16"):
     encode_latents.write(plan, 0, [part], source)
   part["moments"][:] = 0

@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict
 
 from tools import evaluate_samples, fid_reference
 from umd.data.host import tensorflow
-from umd.data.image_sets import locate
+from umd.data.sources import locate
 from umd.devices.mesh import replicate
 from umd.metrics import features as extraction
 from umd.metrics import inception, statistics

@@ -15,7 +15,7 @@ from pretrained_runs import SIZE
 import sample
 from tools.evaluate_samples import open_side
 from umd import load
-from umd.runs import workdir
+from umd.runs import sharded, workdir
 from umd.samplers import Sampling
 from umd.trained import model as pretrained
 from umd.trained import shards
@@ -110,12 +110,12 @@ def test_a_killed_run_goes_on_and_draws_nothing_twice(run, whole, tmp_path, monk
 
 
 def test_processes_draw_the_shards_between_them(run, whole, tmp_path, one_model):
-  settings = workdir.read_json(os.path.join(whole, "settings.json"))["settings"]
-  plan = shards.Plan(str(tmp_path), settings, "")
+  settings = workdir.read_json(os.path.join(whole, "progress", "samples.json"))["settings"]
+  plan = shards.SamplePlan(str(tmp_path), settings, "")
   model = one_model(run, weights="", step="newest", dtype="")
   shards.begin(plan)
   assert shards.draw(plan, model, BATCH, (1, 2))[0] == 16
-  assert shards.missing(plan) == [0, 2]
+  assert sharded.missing(plan) == [0, 2]
   assert shards.draw(plan, model, BATCH, (0, 2))[0] == 24
   shards.write_npz(plan)
   np.testing.assert_allclose(levels(tmp_path).astype(int), levels(whole), atol=1)
@@ -140,16 +140,16 @@ def test_other_settings_in_the_same_folder_are_refused(run, whole, tmp_path, cap
 
 def test_without_out_each_setting_has_a_folder_of_the_run(run, monkeypatch):
   monkeypatch.setattr(shards, "draw", lambda *args: (0, 0.0))
-  monkeypatch.setattr(shards, "wait", lambda *args: None)
+  monkeypatch.setattr(sharded, "wait", lambda *args: None)
   monkeypatch.setattr(shards, "write_grid", lambda plan: plan.folder)
   monkeypatch.setitem(shards.OUTPUTS, "grid", lambda plan: plan.folder)
   for seed in (0, 1, 1):
     command(run, seed=seed)
   folders = sorted(os.listdir(os.path.join(run, "samples")))
   assert [name[:15] for name in folders] == ["step7_ema_seed0", "step7_ema_seed1"]
-  settings = workdir.read_json(os.path.join(run, "samples", folders[0], "settings.json"))[
-    "settings"
-  ]
+  settings = workdir.read_json(
+    os.path.join(run, "samples", folders[0], "progress", "samples.json")
+  )["settings"]
   assert (settings["labels"], settings["num"]) == (list(range(10)), 80)
 
 

@@ -4,13 +4,12 @@ import hashlib
 import math
 import struct
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from umd.data import records
-from umd.data.records import Records
+from umd.data.records import Records, select
 
 NPZ_KEYS = ("images", "labels", "arr_0", "arr_1")
 
@@ -37,26 +36,21 @@ class Arrays(Records):
       raise ValueError(f"data {name!r} holds no images.")
     if images.dtype != np.uint8:
       images = images.astype(np.float32, copy=False)
-    super().__init__(name, images.dtype.name, images.shape[1:], num_classes, class_names)
-    self.images = images
-    self._labels = self._checked(labels)
-
-  def _checked(self, labels: np.ndarray | None) -> np.ndarray:
-    if labels is None or not self.num_classes:
-      self.num_classes, self.class_names = 0, ()
-      return np.zeros(len(self), np.int32)
+    if labels is None or not num_classes:
+      labels, num_classes, class_names = np.zeros(len(images), np.int32), 0, ()
     labels = np.asarray(labels)
-    if labels.shape != (len(self),) or labels.dtype.kind not in "iu":
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
       raise ValueError(
-        f"data {self.name!r}: labels are {labels.dtype} {list(labels.shape)}, but must be ints "
-        f"[{len(self)}], one for each image."
+        f"data {name!r}: labels are {labels.dtype} {list(labels.shape)}, but must be ints "
+        f"[{len(images)}], one for each image."
       )
-    if labels.min() < 0 or labels.max() >= self.num_classes:
+    if num_classes and (labels.min() < 0 or labels.max() >= num_classes):
       raise ValueError(
-        f"data {self.name!r}: labels go from {labels.min()} to {labels.max()}, but must be in "
-        f"0..{self.num_classes - 1} (num_classes={self.num_classes})."
+        f"data {name!r}: labels go from {labels.min()} to {labels.max()}, but must be in "
+        f"0..{num_classes - 1} (num_classes={num_classes})."
       )
-    return labels.astype(np.int32)
+    super().__init__(name, images.dtype.name, images.shape[1:], num_classes, class_names)
+    self.images, self._labels = images, labels.astype(np.int32)
 
   def __len__(self):
     return len(self.images)
@@ -76,11 +70,11 @@ class Arrays(Records):
 
 
 def digits(split: str) -> Arrays:
-  """Handwritten digits that come with scikit-learn: 1,797 real 8x8 images of 10 classes.
+  """Returns the handwritten digits of scikit-learn: 1,797 real 8x8 images of 10 classes.
 
-  UCI's "Optical Recognition of Handwritten Digits" (Alpaydin & Kaynak 1998), float32 in [-1, 1].
-  The split is fixed and stratified: of each class, in the order of the file, every fifth image is
-  for testing.
+  They are UCI's "Optical Recognition of Handwritten Digits" (Alpaydin & Kaynak 1998), float32 in
+  [-1, 1]. The splits are fixed and stratified: of each class, in the order of the file, every
+  fifth image is in "test".
   """
   from sklearn.datasets import load_digits  # Only this source needs scikit-learn.
 
@@ -89,14 +83,17 @@ def digits(split: str) -> Arrays:
   for c in range(10):
     (of_class,) = np.nonzero(bunch.target == c)
     rank[of_class] = np.arange(len(of_class))
-  is_test = rank % 5 == 4
-  ids = _select(split, {"train": ~is_test, "test": is_test}, "data 'digits'")
+  (train,), (test,) = np.nonzero(rank % 5 != 4), np.nonzero(rank % 5 == 4)
+  members = {"train": train, "test": test}
+  sizes = {name: len(ids) for name, ids in members.items()}
+  parts = select(split, sizes, "data 'digits'")
+  ids = np.concatenate([members[name][i] for name, i in parts])
   images = (bunch.images[ids] / 8.0 - 1.0).astype(np.float32)[..., None]
   return Arrays(f"digits:{split}", images, bunch.target[ids], 10, [str(c) for c in range(10)])
 
 
 def npz(file: str, split: str) -> Arrays:
-  """Images of an npz file: `images` and `labels`, or arr_0 and arr_1 as ADM writes them.
+  """Returns the images of an npz file: `images` and `labels`, or arr_0 and arr_1 as ADM writes.
 
   The one split is "all", in the file's order. Labels may be missing; classes are 0..the largest.
   Images that are stored uncompressed, as np.savez does, stay in the file and are read when their
@@ -111,17 +108,17 @@ def npz(file: str, split: str) -> Arrays:
     raise FileNotFoundError(f"{what}: there is no such file.")
   try:
     with np.load(path, allow_pickle=False) as arrays:
-      known = list(arrays)
-      found = {key: _member(path, arrays, key) for key in NPZ_KEYS if key in known}
+      names = list(arrays)
+      members = {key: _member(path, arrays, key) for key in NPZ_KEYS if key in names}
   except (ValueError, OSError, EOFError, TypeError, struct.error, zipfile.BadZipFile) as error:
     raise ValueError(f"{what} is not readable as npz: {error}") from None
-  images = found.get("images", found.get("arr_0"))
+  images = members.get("images", members.get("arr_0"))
   if images is None:
-    raise ValueError(f"{what} holds {known}, but neither 'images' nor 'arr_0'.")
-  labels = found.get("labels", found.get("arr_1"))
+    raise ValueError(f"{what} holds {names}, but neither 'images' nor 'arr_0'.")
+  labels = members.get("labels", members.get("arr_1"))
   num_classes = 0 if labels is None or not labels.size else int(labels.max()) + 1
   Arrays(f"npz:{file}", images, labels, num_classes)  # The whole file must fit, not just a slice.
-  ids = _select(split, {"all": np.ones(len(images), bool)}, what)
+  ids = np.concatenate([ids for _, ids in select(split, {"all": len(images)}, what)])
   # Rows that follow one another are a view; others are copied.
   rows = slice(ids[0], ids[-1] + 1) if (np.diff(ids) == 1).all() else ids
   labels = None if labels is None else labels[rows]
@@ -129,7 +126,7 @@ def npz(file: str, split: str) -> Arrays:
 
 
 def _member(path: Path, arrays, key: str) -> np.ndarray:
-  """An array of an open npz file: mapped if that can be done, else read.
+  """Returns an array of an open npz file: mapped into memory if that can be done, else read.
 
   Raises:
     ValueError: where the zip says that the array is, there is none, or one of another size.
@@ -150,10 +147,3 @@ def _member(path: Path, arrays, key: str) -> np.ndarray:
   if offset + math.prod(shape) * dtype.itemsize != begin + member.file_size:
     raise ValueError(f"{key} is {dtype} {list(shape)}, but the file has another number of bytes")
   return np.memmap(path, dtype, "r", offset, shape, order="F" if fortran else "C")
-
-
-def _select(split: str, members: Mapping[str, np.ndarray], what: str) -> np.ndarray:
-  """Ids of a split; `members` says of each known one which examples are in it."""
-  ids = {name: np.nonzero(of)[0] for name, of in members.items()}
-  sizes = {name: len(of) for name, of in ids.items()}
-  return np.concatenate([ids[name][i] for name, i in records.select(split, sizes, what)])

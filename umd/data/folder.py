@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from umd.data import records
 from umd.data.host import tensorflow
-from umd.data.records import Records
+from umd.data.records import Records, select, split_names
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
 ALL = "all"  # The split of a folder that has none.
@@ -16,7 +15,7 @@ USUAL_SPLITS = ("train", "val", "valid", "validation", "test")
 
 
 class Files(Records):
-  """Image files, read when their turn comes."""
+  """Image files, each of which is read when its turn comes."""
 
   def __init__(self, name: str, paths: list[str], labels: list[int], class_names: list[str]):
     super().__init__(name, "string", (None, None, None), len(class_names), class_names)
@@ -37,7 +36,7 @@ class Files(Records):
     return {"image": tensorflow().io.read_file(row["path"]), "label": row["label"]}
 
   def fingerprint(self):
-    """Of the files' names, sizes, dates and labels."""
+    """Returns a hash of the files' names, sizes, dates and labels."""
     digest = hashlib.sha256(self._labels.tobytes())
     for path in self._paths:
       stat = os.stat(path)
@@ -49,7 +48,7 @@ class Files(Records):
 
 
 def folder(root: str, split: str) -> Files:
-  """The images below ROOT/SPLIT if there is such a folder; of all of ROOT if `split` is "all".
+  """Returns the images below ROOT/SPLIT if there is such a folder; all if `split` is "all".
 
   Folders there are classes, numbered by name (the classes of all splits together), however deep
   the files in them lie; images without folders have no labels. The order is that of a hash of the
@@ -63,16 +62,16 @@ def folder(root: str, split: str) -> Files:
   top = Path(root).expanduser()
   if not top.is_dir():
     raise FileNotFoundError(f"{what}: there is no such folder.")
-  places = {name: _place(top, name, what) for name in records.names(split, what)}
+  places = {name: _place(top, name, what) for name in split_names(split, what)}
   files = {name: _images(place, what) for name, place in places.items()}
-  flat = [name for name, found in files.items() if len(found[0].parts) == 1]
+  flat = [name for name, images in files.items() if len(images[0].parts) == 1]
   if 0 < len(flat) < len(files):
     raise ValueError(f"{what}: no folders of classes in {flat[0]!r}, but in the other splits.")
   classes = _classes(top, places, files)
   number = {c: i for i, c in enumerate(classes)}
   paths, labels = [], []
-  sizes = {name: len(found) for name, found in files.items()}
-  for name, ids in records.select(split, sizes, what):
+  sizes = {name: len(images) for name, images in files.items()}
+  for name, ids in select(split, sizes, what):
     chosen = [files[name][i] for i in ids]
     paths += [str(places[name] / file) for file in chosen]
     labels += [number[file.parts[0]] if classes else 0 for file in chosen]
@@ -80,37 +79,41 @@ def folder(root: str, split: str) -> Files:
 
 
 def _place(top: Path, name: str, what: str) -> Path:
-  """The folder that holds a split."""
-  here = _folders(top)
-  if name in here:
+  """Returns the folder that holds a split."""
+  subfolders = _folders(top)
+  if name in subfolders:
     return top / name
-  usual = [folder for folder in here if folder in USUAL_SPLITS]
-  if name == ALL and not (usual and len(usual) == len(here)):
+  usual = [folder for folder in subfolders if folder in USUAL_SPLITS]
+  if name == ALL and not (usual and len(usual) == len(subfolders)):
     return top
-  known = ", ".join(here if usual else [ALL, *here[:8]])
+  known = ", ".join(subfolders if usual else [ALL, *subfolders[:8]])
   raise ValueError(f"{what} has no split {name!r}; it has {known}.")
 
 
 def _images(place: Path, what: str) -> list[Path]:
-  """Image files below a folder, relative to it, in the order of a hash of their names."""
-  found, seen = [], set()
+  """Returns the image files below a folder, relative to it, in the order of a hash of their names.
+
+  Raises:
+    ValueError: there are none, a class is empty, or images lie beside folders of classes.
+  """
+  images, visited = [], set()
   for base, folders, files in os.walk(place, followlinks=True):
     real = os.path.realpath(base)
-    if real in seen:  # A link back to a folder above.
+    if real in visited:  # A link back to a folder above.
       folders.clear()
       continue
-    seen.add(real)
+    visited.add(real)
     folders[:] = [folder for folder in folders if not folder.startswith(".")]
     below = Path(base).relative_to(place)
-    found += [
+    images += [
       below / file
       for file in files
       if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
     ]
-  if not found:
+  if not images:
     raise ValueError(f"{what}: no images ({', '.join(EXTENSIONS)}) in {str(place)!r}.")
-  labelled = {file.parts[0] for file in found if len(file.parts) > 1}
-  beside = [file for file in found if len(file.parts) == 1]
+  labelled = {file.parts[0] for file in images if len(file.parts) > 1}
+  beside = [file for file in images if len(file.parts) == 1]
   if labelled and beside:
     raise ValueError(
       f"{what}: {str(place)!r} holds both images ({beside[0].name!r}) and folders of images "
@@ -120,19 +123,19 @@ def _images(place: Path, what: str) -> list[Path]:
   if labelled and empty:
     raise ValueError(f"{what}: no images of class {empty[0]!r} in {str(place / empty[0])!r}.")
   key = lambda file: hashlib.blake2b(os.fsencode(file.as_posix()), digest_size=8).digest()
-  return sorted(found, key=key)
+  return sorted(images, key=key)
 
 
 def _classes(top: Path, places: dict[str, Path], files: dict[str, list[Path]]) -> list[str]:
-  """Names of classes, sorted: those of these splits, and of others that are numbered with them."""
-  own = {file.parts[0] for found in files.values() for file in found if len(file.parts) > 1}
-  if not own or top in places.values():
-    return sorted(own)
+  """Returns sorted names of classes: those of these splits, and those that share their numbers."""
+  classes = {file.parts[0] for images in files.values() for file in images if len(file.parts) > 1}
+  if not classes or top in places.values():
+    return sorted(classes)
   for other in _folders(top):
     of_other = set(_folders(top / other))
-    if other in USUAL_SPLITS or of_other & own:
-      own |= of_other
-  return sorted(own)
+    if other in USUAL_SPLITS or of_other & classes:
+      classes |= of_other
+  return sorted(classes)
 
 
 def _folders(place: Path) -> list[str]:

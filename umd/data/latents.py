@@ -2,7 +2,7 @@
 
 DIR is a TFDS data set of ArrayRecord files. Of each image it holds the moments of its latents, the
 mean and the logarithm of the variance, in several views: the image as it is evaluated, its mirror
-image, and crops as in training. How they were made is in its metadata.json.
+image, and crops as in training. DIR/metadata.json says how they were made.
 """
 
 import dataclasses
@@ -11,13 +11,16 @@ import hashlib
 import json
 import os
 
-from umd.data import records
-from umd.data.host import tensorflow
-from umd.data.tfds import ArrayRecords
+import numpy as np
 
-NAME, VERSION = "latents", 1  # Of the TFDS data set, and of what its metadata holds.
+from umd.data.host import tensorflow
+from umd.data.records import split_names
+from umd.data.tfds import ArrayRecords, split_info
+from umd.runs import sharded, workdir
+
+NAME = "latents"  # Of the TFDS data set.
+VERSION = 1  # Of what the metadata hold.
 METADATA = "metadata.json"
-PROGRESS = "encoding"  # Folder in DIR: of each split its settings, and what is done of it.
 TOOL = "python -m tools.encode_latents"
 
 
@@ -27,19 +30,21 @@ class LatentInfo:
 
   Attributes:
     path: the folder.
-    vae: name of the auto-encoder, and
-    sha256: of the file of its weights.
-    scaling, shift: a model sees (latent - shift) * scaling.
+    vae: name of the auto-encoder.
+    sha256: hash of the file of its weights.
+    scaling: a model sees (latent - shift) * scaling.
+    shift: see scaling.
     factor: pixels per latent pixel, along each axis.
     pixel_size: (H, W, C) of the images.
     shape: (V, h, w, 2c) of the moments; mean | logvar on the last axis, unscaled.
-    dtype: in which they are stored.
-    views: V, and
-    preprocessing: how each of them was made of an image.
-    seed: of the random ones.
-    data: where the images come from, and
-    fingerprint: of these.
-    mean, std: of each channel of the scaled latents, over all images of these splits and all views.
+    dtype: the type in which they are stored.
+    views: V.
+    preprocessing: how each of the views was made of an image.
+    seed: from which the random ones were drawn.
+    data: where the images come from, per split.
+    fingerprint: fingerprints of these.
+    mean: of each channel of the scaled latents, over all images of these splits and all views.
+    std: likewise.
   """
 
   path: str
@@ -77,14 +82,14 @@ class LatentRecords(ArrayRecords):
     return {**example, "image": moments}
 
   def fingerprint(self):
-    """Of how the latents were made, and of what is taken of each file; not of where they are."""
-    parts = [(os.path.basename(os.fspath(f.filename)), f.skip, f.take) for f in self._files]
+    """Returns a hash of how the latents were made and of what is taken, but not of the place."""
+    parts = [(os.path.basename(os.fspath(f.filename)), f.skip, f.take) for f in self.files]
     made = dataclasses.replace(self.info, path="", vae="")
     return hashlib.sha256(repr((parts, made)).encode()).hexdigest()
 
 
 def latents(folder: str, split: str) -> LatentRecords:
-  """A split of stored latents, e.g. ("/data/latents", "train[:99%]").
+  """Returns a split of stored latents, e.g. ("/data/latents", "train[:99%]").
 
   Raises:
     FileNotFoundError: there is no such folder.
@@ -92,56 +97,39 @@ def latents(folder: str, split: str) -> LatentRecords:
   """
   what, path = f"data 'latents:{folder}'", os.path.expanduser(folder)
   metadata = _metadata(path, what)
-  names = list(dict.fromkeys(records.names(split, what)))
+  names = list(dict.fromkeys(split_names(split, what)))
   for name in names:
     if name not in metadata["splits"]:
       raise ValueError(_missing(path, what, name, metadata))
+  builder = _builder(path, workdir.read_bytes(workdir.join(path, "dataset_info.json")))
+  files = split_info(builder, split, what).file_instructions
+  features = builder.info.features
+  label = "label" if "label" in features else None
   info = _info(path, metadata, [metadata["splits"][name] for name in names])
-  builder = _builder(path)
-  try:
-    found = builder.info.splits[split]
-  except (ValueError, KeyError) as error:
-    raise ValueError(f"{what} has no split {split!r}: {str(error).splitlines()[0]}") from None
-  if not found.num_examples:
-    raise ValueError(f"{what}: split {split!r} holds no images; there are {_sizes(metadata)}.")
-  label = "label" if "label" in builder.info.features else None
-  files = found.file_instructions
-  return LatentRecords(f"latents:{folder}:{split}", files, builder.info.features, label, info)
+  return LatentRecords(f"latents:{folder}:{split}", files, features, label, info)
 
 
 @functools.lru_cache(maxsize=8)
-def _opened(path: str, stamp: str):
-  del stamp  # Changes with the data set: one that was read before may have got more splits.
+def _builder(path: str, contents: bytes):
+  del contents  # They change with the data set: one that was read before may have got more splits.
   tensorflow()  # Before TFDS imports it.
   import tensorflow_datasets as tfds
 
   return tfds.builder_from_directory(path)
 
 
-def _builder(path: str):
-  return _opened(path, _read(os.path.join(path, "dataset_info.json")))
-
-
-def _read(file: str) -> str | None:
-  """The text of a file, None if there is none."""
-  tf = tensorflow()
-  if not tf.io.gfile.exists(file):
-    return None
-  with tf.io.gfile.GFile(file) as f:
-    return f.read()
-
-
 def _metadata(path: str, what: str) -> dict:
-  tf = tensorflow()
-  if not tf.io.gfile.isdir(path):
+  """Returns what metadata.json says; ValueError, beginning with `what`, if it is not ours."""
+  if not workdir.exists(path):
     raise FileNotFoundError(
       f"{what}: there is no such folder. Make it: {TOOL} --data ... --size ... --out {path}"
     )
-  text, whole = _read(os.path.join(path, METADATA)), _read(os.path.join(path, "dataset_info.json"))
-  if not (text and whole):
-    if begun := plans(path):
-      raise ValueError(unfinished(path, what, next(iter(begun))))
-    kind = f"Is it 'tfds:NAME' with data_dir={path!r}?" if whole else "Choose another folder."
+  text = workdir.read_bytes(workdir.join(path, METADATA))
+  is_tfds = workdir.exists(workdir.join(path, "dataset_info.json"))
+  if not (text and is_tfds):
+    for split in sharded.begun(path):
+      raise ValueError(f"{what}: split {sharded.unfinished(path, split)}")
+    kind = f"Is it 'tfds:NAME' with data_dir={path!r}?" if is_tfds else "Choose another folder."
     raise ValueError(f"{what} holds no latents of {TOOL}: it has no {METADATA}. {kind}")
   try:
     metadata = json.loads(text)
@@ -156,56 +144,24 @@ def _metadata(path: str, what: str) -> dict:
   return metadata
 
 
-def progress_file(path: str, split: str, shard: str = "") -> str:
-  """The JSON file that says how a split is made; with `shard` ("00001-of-00016"), what is in it."""
-  return os.path.join(path, PROGRESS, f"{split}-{shard}.json" if shard else f"{split}.json")
-
-
-def _listed(path: str) -> list[str]:
-  """Names without .json of the files in the folder that says how latents are made."""
-  tf, folder = tensorflow(), os.path.join(path, PROGRESS)
-  found = tf.io.gfile.listdir(folder) if tf.io.gfile.isdir(folder) else []
-  return sorted(name.removesuffix(".json") for name in found if name.endswith(".json"))
-
-
-def plans(path: str) -> dict[str, dict]:
-  """{split: {settings, command}} of all splits that were begun."""
-  names = [name for name in _listed(path) if "-" not in name]
-  return {name: json.loads(_read(progress_file(path, name))) for name in names}
-
-
-def unfinished(path: str, what: str, split: str) -> str:
-  """Says how much of a split is there, and how to go on."""
-  plan = json.loads(_read(progress_file(path, split)))
-  done = sum(name.startswith(f"{split}-") for name in _listed(path))
-  return (
-    f"{what}: split {split!r} is not finished, {done} of {plan['settings']['shards']} shards are "
-    f"there. Go on with the same command: {plan['command']}"
-  )
-
-
-def _sizes(metadata) -> str:
-  return ", ".join(f"{name} ({s['count']} images)" for name, s in metadata["splits"].items())
-
-
 def _missing(path: str, what: str, split: str, metadata: dict) -> str:
-  if _read(progress_file(path, split)):
-    return unfinished(path, what, split)
+  if split in sharded.begun(path):
+    return f"{what}: split {sharded.unfinished(path, split)}"
+  sizes = ", ".join(f"{name} ({of['count']} images)" for name, of in metadata["splits"].items())
   made = next(iter(metadata["splits"].values()))["command"]
   return (
-    f"{what} has no split {split!r}; it has {_sizes(metadata)}. Add it with the command that made "
-    f"these, with other --data (and --split {split}); it was: {made}"
+    f"{what} has no split {split!r}; it has {sizes}. Add it with the command that made these, with "
+    f"other --data (and --split {split}); it was: {made}"
   )
 
 
 def _info(path: str, metadata: dict, parts: list[dict]) -> LatentInfo:
-  """Of the splits `parts`; their means and deviations are those of all their images together."""
+  """Returns the info of these splits together: mean and deviation are those of all their images."""
   encoding = metadata["encoding"]
-  total = sum(part["count"] for part in parts)
-  channels = range(len(parts[0]["mean"]))
-  average = lambda of: [sum(p["count"] * of(p, c) for p in parts) / total for c in channels]
-  mean = average(lambda p, c: p["mean"][c])
-  square = average(lambda p, c: p["std"][c] ** 2 + (p["mean"][c] - mean[c]) ** 2)
+  share = np.array([part["count"] for part in parts]) / sum(part["count"] for part in parts)
+  means, deviations = (np.array([part[key] for part in parts]) for key in ("mean", "std"))
+  mean = share @ means
+  variance = share @ (deviations**2 + (means - mean) ** 2)
   return LatentInfo(
     path=path,
     **{key: encoding[key] for key in ("vae", "sha256", "scaling", "shift", "factor", "dtype")},
@@ -216,8 +172,8 @@ def _info(path: str, metadata: dict, parts: list[dict]) -> LatentInfo:
     seed=encoding["seed"],
     data=tuple(part["data"] for part in parts),
     fingerprint=tuple(part["fingerprint"] for part in parts),
-    mean=tuple(mean),
-    std=tuple(s**0.5 for s in square),
+    mean=tuple(mean.tolist()),
+    std=tuple(np.sqrt(variance).tolist()),
   )
 
 

@@ -14,50 +14,8 @@ from typing import Any
 from umd.data.decoding import decoded, inception_window, resized, window_of_jpeg
 from umd.data.host import tensorflow
 
-FOR_LATENTS = ("random_view", "view", "onehot", "no_labels", "keep")  # Others are for images.
-
-
-def random_view():
-  """One of the stored views at random, all of them equally often: [V, h, w, c] -> [h, w, c]."""
-
-  def choose(views, context):
-    tf = tensorflow()
-    drawn = tf.random.stateless_uniform([], context.seed, dtype=tf.float64, alg="philox")
-    return tf.gather(views, tf.cast(drawn * views.shape[0], tf.int32))
-
-  return _of_views("random_view", choose)
-
-
-def view(number: int):
-  """The stored view of that number, from 0: [V, h, w, c] -> [h, w, c]."""
-  if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-    raise ValueError(f"number={number!r} must be an int, 0 or more.")
-
-  def choose(views, context):
-    del context
-    if number >= views.shape[0]:
-      raise ValueError(f"there are views 0..{views.shape[0] - 1}, but no view {number}.")
-    return views[number]
-
-  return _of_views("view", choose)
-
-
-def _of_views(name, choose):
-  """The op that replaces stored views by choose(views, context), float32."""
-
-  def op(example, context):
-    views = example.get("image")
-    if views is None or views.dtype == tensorflow().string or views.shape.rank != 4:
-      raise ValueError(
-        f"{name} chooses among stored views, and here are none (or no more): it is for data "
-        "'latents:DIR', once."
-      )
-    return {**example, "image": tensorflow().cast(choose(views, context), "float32")}
-
-  return op
-
-
 Example = dict[str, Any]
+Size = int | tuple[int, int]  # The side of a square, or (height, width).
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,22 +23,23 @@ class Context:
   """What an op knows apart from the example.
 
   Attributes:
-    seed: int64 [2], of all that the op draws for this example.
+    seed: int64 [2], from which the op draws all that it draws for this example.
     shape: (H, W, C) of the source's images, None where it is not known before decoding.
   """
 
   seed: Any
-  shape: tuple[int | None, int | None, int | None]
+  shape: tuple[int | None, ...]
 
 
 Op = Callable[[Example, Context], Example]
 
 
 def decode(channels: int | None = None) -> Op:
-  """JPEG, PNG, GIF (first frame), BMP or WebP to uint8; leaves what is decoded already as it is.
+  """Decodes JPEG, PNG, GIF (first frame), BMP or WebP to uint8; leaves decoded images as they are.
 
-  `channels` is 1, 3 or 4 (PNG only); by default the source's where it knows them, else 3. What is
-  transparent is shown over white; the orientation in EXIF is ignored: see `umd.data.decoding`.
+  `channels` is 1, 3 or 4 (PNG only); by default the source's where it knows them, else 3.
+  Transparent pixels are shown over white, and EXIF orientation is ignored: see
+  `umd.data.decoding`.
   """
   if channels not in (None, 1, 3, 4):
     raise ValueError(f"channels={channels!r} must be 1, 3 or 4.")
@@ -95,7 +54,7 @@ def decode(channels: int | None = None) -> Op:
 
 
 def decode_jpeg_and_inception_crop(
-  size: int | tuple[int, int], area_min: float = 5, area_max: float = 100, scaled: float = 1.25
+  size: Size, area_min: float = 5, area_max: float = 100, scaled: float = 1.25
 ) -> Op:
   """Does what decode|inception_crop does, but of a JPEG decodes only what is kept, and coarsely.
 
@@ -130,8 +89,8 @@ def decode_jpeg_and_inception_crop(
   return op
 
 
-def inception_crop(size: int | tuple[int, int], area_min: float = 5, area_max: float = 100) -> Op:
-  """Cuts a random window and resizes it to `size`, an int or (height, width).
+def inception_crop(size: Size, area_min: float = 5, area_max: float = 100) -> Op:
+  """Cuts a random window and resizes it to `size`.
 
   The window has area_min to area_max percent of the image's area and a width of 3/4 to 4/3 of its
   height; an image too elongated for that is taken whole (Szegedy et al., arXiv:1409.4842).
@@ -143,45 +102,38 @@ def inception_crop(size: int | tuple[int, int], area_min: float = 5, area_max: f
     )
 
   def crop(image, context):
-    tf = tensorflow()
-    window = inception_window(tf.shape(image), context.seed, (area_min, area_max))
-    cut = tf.slice(image, [window[0], window[1], 0], [window[2], window[3], image.shape[-1]])
-    return resized(cut, size)
+    window = inception_window(tensorflow().shape(image), context.seed, (area_min, area_max))
+    return resized(_cut(image, window[:2], window[2:]), size)
 
   return _on_image("inception_crop", crop)
 
 
-def random_crop(size: int | tuple[int, int], padding: int = 0) -> Op:
+def random_crop(size: Size, padding: int = 0) -> Op:
   """Cuts a random window of `size` after putting `padding` black pixels around the image."""
-  height, width = _pair("size", size)
+  size = _pair("size", size)
   if padding < 0:
     raise ValueError(f"padding={padding} must not be negative.")
 
   def crop(image, context):
     tf = tensorflow()
     image = tf.pad(image, [[padding, padding], [padding, padding], [0, 0]])
-    room = _room("random_crop", image, (height, width))
+    room = _room("random_crop", image, size)
     drawn = tf.random.stateless_uniform([2], context.seed, dtype=tf.float64, alg="philox")
     offset = tf.cast(drawn * tf.cast(room + 1, tf.float64), tf.int32)
-    return tf.slice(image, [offset[0], offset[1], 0], [height, width, image.shape[-1]])
+    return _cut(image, offset, size)
 
   return _on_image("random_crop", crop)
 
 
-def central_crop(size: int | tuple[int, int]) -> Op:
+def central_crop(size: Size) -> Op:
   """Cuts the window of `size` in the middle."""
-  height, width = _pair("size", size)
-
-  def crop(image, context):
-    del context
-    offset = _room("central_crop", image, (height, width)) // 2
-    return tensorflow().slice(image, [offset[0], offset[1], 0], [height, width, image.shape[-1]])
-
+  size = _pair("size", size)
+  crop = lambda image, context: _cut(image, _room("central_crop", image, size) // 2, size)
   return _on_image("central_crop", crop)
 
 
-def resize(size: int | tuple[int, int]) -> Op:
-  """Resizes to `size`, an int or (height, width), whatever that does to the aspect ratio."""
+def resize(size: Size) -> Op:
+  """Resizes to `size`, whatever that does to the aspect ratio."""
   size = _pair("size", size)
   return _on_image("resize", lambda image, context: resized(image, size))
 
@@ -192,11 +144,9 @@ def resize_small(size: int) -> Op:
     raise ValueError(f"size={size!r} must be a positive int, the length of the smaller side.")
 
   def scale(image, context):
-    del context
     tf = tensorflow()
     sides = tf.cast(tf.shape(image)[:2], tf.float64)
-    target = tf.cast(tf.round(sides * size / tf.reduce_min(sides)), tf.int32)
-    return resized(image, target)
+    return resized(image, tf.cast(tf.round(sides * size / tf.reduce_min(sides)), tf.int32))
 
   return _on_image("resize_small", scale)
 
@@ -206,12 +156,11 @@ def expect_size(height: int, width: int, hint: str = "") -> Op:
   size = _pair("(height, width)", (height, width))
 
   def check(image, context):
-    del context
     # In a graph sizes may be unknown. If TensorFlow then finds another, the pipeline applies the op
     # once more, outside of graphs.
     if any(x not in (None, y) for x, y in zip(image.shape[:2], size, strict=True)):
-      found = " x ".join(str(side) for side in image.shape[:2])
-      raise ValueError(f"the image is {found}, not {height} x {width}{hint}")
+      actual = " x ".join(str(side) for side in image.shape[:2])
+      raise ValueError(f"the image is {actual}, not {height} x {width}{hint}")
     return tensorflow().ensure_shape(image, [height, width, image.shape[-1]])
 
   return _on_image("expect_size", check)
@@ -231,7 +180,6 @@ def value_range(low: float, high: float, in_min: float = 0, in_max: float = 255)
     raise ValueError(f"in_min={in_min} and in_max={in_max} must differ.")
 
   def scale(image, context):
-    del context
     image = tensorflow().cast(image, "float32")
     return (image - in_min) * ((high - low) / (in_max - in_min)) + low
 
@@ -242,7 +190,6 @@ def onehot(num_classes: int, key: str = "label", key_result: str = "labels") -> 
   """Adds `key_result`: float32 [num_classes], 1 at the class that `key` holds."""
 
   def op(example, context):
-    del context
     return {**example, key_result: tensorflow().one_hot(_item(example, key), num_classes)}
 
   return op
@@ -250,22 +197,36 @@ def onehot(num_classes: int, key: str = "label", key_result: str = "labels") -> 
 
 def no_labels() -> Op:
   """Sets every label to 0: for records without labels (-1 in TFDS), and training that uses none."""
-
-  def op(example, context):
-    del context
-    return {**example, "label": tensorflow().zeros([], "int32")}
-
-  return op
+  return lambda example, context: {**example, "label": tensorflow().zeros([], "int32")}
 
 
 def keep(*names: str) -> Op:
   """Drops all that is not named."""
+  return lambda example, context: {name: _item(example, name) for name in names}
 
-  def op(example, context):
-    del context
-    return {name: _item(example, name) for name in names}
 
-  return op
+def random_view() -> Op:
+  """Takes one of the stored views, all of them equally often: [V, h, w, c] -> [h, w, c]."""
+
+  def choose(views, context):
+    tf = tensorflow()
+    drawn = tf.random.stateless_uniform([], context.seed, dtype=tf.float64, alg="philox")
+    return tf.gather(views, tf.cast(drawn * views.shape[0], tf.int32))
+
+  return _on_views("random_view", choose)
+
+
+def view(number: int) -> Op:
+  """Takes the stored view of that number, from 0: [V, h, w, c] -> [h, w, c]."""
+  if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+    raise ValueError(f"number={number!r} must be an int, 0 or more.")
+
+  def choose(views, context):
+    if number >= views.shape[0]:
+      raise ValueError(f"there are views 0..{views.shape[0] - 1}, but no view {number}.")
+    return views[number]
+
+  return _on_views("view", choose)
 
 
 OPS: Mapping[str, Callable[..., Op]] = {
@@ -288,6 +249,7 @@ OPS: Mapping[str, Callable[..., Op]] = {
     view,
   )
 }
+FOR_LATENTS = ("random_view", "view", "onehot", "no_labels", "keep")  # The others are for images.
 
 
 def _pair(name, size) -> tuple[int, int]:
@@ -304,7 +266,7 @@ def _item(example, name):
 
 
 def _on_image(name, change) -> Op:
-  """The op that replaces the decoded image by change(image, context)."""
+  """Returns the op that replaces the decoded image by change(image, context)."""
 
   def op(example, context):
     image = _item(example, "image")
@@ -315,8 +277,28 @@ def _on_image(name, change) -> Op:
   return op
 
 
+def _on_views(name, choose) -> Op:
+  """Returns the op that replaces stored views by choose(views, context), float32."""
+
+  def op(example, context):
+    views = example.get("image")
+    if views is None or views.dtype == tensorflow().string or views.shape.rank != 4:
+      raise ValueError(
+        f"{name} chooses among stored views, and here are none (or no more): it is for data "
+        "'latents:DIR', once."
+      )
+    return {**example, "image": tensorflow().cast(choose(views, context), "float32")}
+
+  return op
+
+
+def _cut(image, corner, size):
+  """Returns the window of that size (height, width) whose upper left corner is at (top, left)."""
+  return tensorflow().slice(image, [corner[0], corner[1], 0], [size[0], size[1], image.shape[-1]])
+
+
 def _room(name, image, size):
-  """int32 [2]: by how much the image is higher and wider than `size`."""
+  """Returns int32 [2]: by how much the image is higher and wider than `size`."""
   tf = tensorflow()
   message = f"{name}: an image is smaller than {tuple(size)}; put resize_small before it."
   if any(x is not None and x < y for x, y in zip(image.shape[:2], size, strict=True)):

@@ -2,17 +2,16 @@
 
 import ast
 import difflib
-import inspect
 
 from umd.data.host import tensorflow
 from umd.data.ops import FOR_LATENTS, OPS, Context, Example, Op
 
 EXAMPLE = "decode|resize_small(64)|central_crop(64)|value_range(-1, 1)"
-OPS_AT_MOST = 1024  # Of one string: each has its own random numbers.
+OPS_AT_MOST = 1024  # Ops of one string: each has its own random numbers.
 
 
 def parse(pp: str) -> list[tuple[str, Op]]:
-  """The ops of a string such as "decode|resize(64)", each with its own part of the string.
+  """Returns the ops of a string such as "decode|resize(64)", each with its part of the string.
 
   Arguments are literals, by position or by name; parentheses may be left out where there are none.
 
@@ -37,8 +36,9 @@ def parse(pp: str) -> list[tuple[str, Op]]:
 
 def _build(node: ast.expr, pp: str) -> Op:
   call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+  text = ast.unparse(node)
   if not isinstance(call.func, ast.Name):
-    raise ValueError(f"pp={pp!r}: {ast.unparse(node)!r} is no op. An example: {EXAMPLE!r}.")
+    raise ValueError(f"pp={pp!r}: {text!r} is no op. An example: {EXAMPLE!r}.")
   name = call.func.id
   if name not in OPS:
     near = difflib.get_close_matches(name, OPS, n=1, cutoff=0.5)
@@ -49,22 +49,12 @@ def _build(node: ast.expr, pp: str) -> Op:
     kwargs = {arg.arg: ast.literal_eval(arg.value) for arg in call.keywords}
   except (ValueError, TypeError):
     raise ValueError(
-      f"pp={pp!r}: the arguments of {ast.unparse(node)} must be numbers, strings or tuples."
+      f"pp={pp!r}: the arguments of {text} must be numbers, strings or tuples."
     ) from None
-  signature = inspect.signature(OPS[name])
-  try:
-    signature.bind(*args, **kwargs)
-  except TypeError as error:
-    names = ", ".join(str(p).split(":")[0] + _default(p) for p in signature.parameters.values())
-    raise ValueError(f"pp={pp!r}: {error} of {name}; it is {name}({names}).") from None
   try:
     return OPS[name](*args, **kwargs)
   except (ValueError, TypeError) as error:
-    raise ValueError(f"pp={pp!r}: {ast.unparse(node)}: {error}") from None
-
-
-def _default(parameter: inspect.Parameter) -> str:
-  return "" if parameter.default is parameter.empty else f"={parameter.default!r}"
+    raise ValueError(f"pp={pp!r}: {text}: {error} (docs/data.md lists the ops.)") from None
 
 
 class Preprocess:
@@ -81,8 +71,8 @@ class Preprocess:
     Args:
       pp: the string; "" changes nothing.
       dtype: of the images that come in: "string" if they are encoded, "uint8", "float32".
-      shape: (H, W, C) of these images, after decoding where they are encoded; None: not known.
-        Of latents (V, h, w, 2c): V views of moments.
+      shape: (H, W, C) of these images, after decoding where they are encoded; None where it is not
+        known. Stored latents have (V, h, w, 2c): V views of moments.
       name: of the data, in messages.
 
     Raises:
@@ -90,16 +80,13 @@ class Preprocess:
     """
     self._ops, self._shape = parse(pp), shape
     if not self._ops and dtype == "float32" and len(shape) == 3 and None not in shape:
-      self.spec = {"image": (shape, "float32"), "label": ((), "int32")}  # TensorFlow stays out.
+      self.spec = {"image": (shape, "float32"), "label": ((), "int32")}  # Without TensorFlow.
     else:
-      self.spec = self._trace(pp, dtype, name)
+      self.spec = self._trace(dtype, f"data {name!r}, pp={pp!r}")
     self.image_size = self.spec["image"][0]
 
-  def __bool__(self) -> bool:
-    return bool(self._ops)
-
   def __call__(self, example: Example, seed: int, position) -> Example:
-    """The example {image, label, ...} preprocessed.
+    """Returns the example {image, label, ...} preprocessed.
 
     All that is drawn is a function of `seed`, `position` (int64, may be a tensor) and the op's
     place in the string.
@@ -113,15 +100,16 @@ class Preprocess:
     example = {k: tf.cast(v, casts.get(k, v.dtype)) for k, v in example.items()}
     return {k: tf.ensure_shape(v, self.spec[k][0]) for k, v in example.items()}
 
-  def _trace(self, pp: str, dtype: str, name: str) -> dict[str, tuple]:
+  def _trace(self, dtype: str, where: str) -> dict[str, tuple]:
+    """Returns the spec; ValueError, beginning with `where`, if an op or the result does not fit."""
     tf = tensorflow()
-    where = f"data {name!r}, pp={pp!r}"
+    of_latents = len(self._shape) == 4
     with tf.Graph().as_default():
       image = tf.compat.v1.placeholder(dtype, [] if dtype == "string" else self._shape)
       example = {"image": image, "label": tf.compat.v1.placeholder(tf.int32, [])}
       seed = tf.compat.v1.placeholder(tf.int64, [2])
       for text, op in self._ops:
-        if len(self._shape) == 4 and text.partition("(")[0] not in FOR_LATENTS:
+        if of_latents and text.partition("(")[0] not in FOR_LATENTS:
           raise ValueError(
             f"{where}: {text} is for images, but these are latents, made after it. What may stand "
             f"here: {', '.join(FOR_LATENTS)}."
@@ -138,7 +126,7 @@ class Preprocess:
       raise ValueError(f"{where} leaves images encoded: begin with decode, as in {EXAMPLE!r}.")
     if not image.dtype.is_floating:
       raise ValueError(f"{where} ends with {image.dtype.name} images: add value_range(-1, 1).")
-    if len(self._shape) == 4 and image.shape.rank == 4:
+    if of_latents and image.shape.rank == 4:
       raise ValueError(
         f"{where} leaves all {self._shape[0]} views of an image: add random_view (training) or "
         "view(0) (evaluation)."

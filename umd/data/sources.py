@@ -1,85 +1,26 @@
-"""Sources: named sets of images that are preprocessed while they are read."""
+"""Sources by name: `load` as configs name data, `open_images` as command lines name sets of images.
+
+On a command line a set is tfds:NAME:SPLIT, folder:PATH[:SPLIT], npz:FILE[:SPLIT], or just the path
+of a folder or of an npz file.
+"""
 
 import functools
 import os
+import re
 
 import numpy as np
 
 from umd.data.arrays import Arrays, digits, npz
 from umd.data.folder import folder
+from umd.data.host import tensorflow
 from umd.data.latents import latents
-from umd.data.preprocess import Preprocess
-from umd.data.records import Cached, Records
+from umd.data.ops import Context, decode
+from umd.data.pipeline import Source, eval_batches
+from umd.data.records import Cached, Records, rows
 from umd.data.tfds import tfds
-from umd.runs.progress import Clock, during, say
+from umd.runs.progress import during
 
-
-class Source:
-  """Images with labels, preprocessed while they are read.
-
-  Attributes:
-    name: what the images are called in messages, e.g. "tfds:cifar10:train".
-    records: the examples before preprocessing.
-    pp: the ops, as a string, and
-    preprocess: what they do to the records.
-    image_size: (H, W, C) of the preprocessed images.
-    num_classes: number of labels; 0: there are none, and every label is 0.
-    class_names: names of the labels, or an empty tuple.
-    max_bad: how many examples may be unreadable.
-    bad: {index: reason} of the unreadable ones that this process met so far.
-  """
-
-  def __init__(self, records: Records, pp: str = "", max_bad: float = 0):
-    """`max_bad`: a number, or a share if it is below 1."""
-    self.records, self.name, self.pp = records, records.name, pp
-    self.max_bad, self.bad = _at_most(max_bad, len(records)), records.bad
-    self.preprocess = Preprocess(pp, records.dtype, records.shape, records.name)
-    self.image_size = self.preprocess.image_size
-    self.num_classes, self.class_names = records.num_classes, records.class_names
-    self._arrays = None
-
-  def __len__(self) -> int:
-    return len(self.records)
-
-  @property
-  def labels(self) -> np.ndarray | None:
-    """int32 [n] where they are known without decoding, else None."""
-    return self.records.labels
-
-  @property
-  def is_plain(self) -> bool:
-    """Whether the images are float32 arrays in memory, and stay as they are."""
-    return isinstance(self.records, Arrays) and not self.preprocess
-
-  def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-    """(images float32 [n, H, W, C], labels int32 [n]): all, preprocessed once and kept.
-
-    What cannot be read is left out.
-    """
-    from umd.data.pipeline import eval_batches  # It imports this module.
-
-    if self.is_plain:
-      return self.records.images, self.records.labels
-    if self._arrays is None:
-      images = np.empty((len(self), *self.image_size), np.float32)
-      labels, read = np.empty(len(self), np.int32), np.zeros(len(self), bool)
-      clock = Clock(say, f"[data] {self.name}: reading into memory", len(self))
-      for batch in eval_batches(self, min(256, len(self))):
-        real = batch["_mask"] > 0
-        images[batch["index"][real]] = batch["image"][real]
-        labels[batch["index"][real]] = batch["label"][real]
-        read[batch["index"][real]] = True
-        clock(int(read.sum()))
-      self._arrays = (images, labels) if read.all() else (images[read], labels[read])
-    return self._arrays
-
-  def bad_report(self) -> str:
-    """A line for each unreadable example that this process met so far, in the source's order."""
-    describe = self.records.describe
-    return "".join(f"{describe(i)}: {self.bad[i]}\n" for i in sorted(self.bad))
-
-
-BY_KIND = -1.0  # Of `max_bad`: what follows for the kind of data.
+BY_KIND = -1.0  # The `max_bad` that stands for what is usual for the kind of data.
 MAX_BAD = {"folder": 0.001}  # Prepared data sets were read once already: 0.
 
 KINDS = {
@@ -101,7 +42,7 @@ def load(
   shuffle_buffer: int = 50_000,
   max_bad: float = BY_KIND,
 ) -> Source:
-  """The source of that name; the same arguments return the same object.
+  """Returns the source of that name; the same arguments return the same object.
 
   Args:
     name: "digits", "tfds:NAME" (with config and version as TFDS writes them), "folder:PATH",
@@ -109,10 +50,10 @@ def load(
     split: e.g. "train", "train[:99%]", "all[90%:]".
     pp: preprocessing ops, e.g. "decode|resize(64)|value_range(-1, 1)"; "" for none.
     data_dir: where TFDS keeps its data; by default $TFDS_DATA_DIR, else TFDS's own default.
-    cache: keep the undecoded records in memory.
+    cache: whether to keep the undecoded records in memory.
     shuffle_buffer: records to shuffle among, where the storage cannot be read at random.
     max_bad: how many images may be unreadable: a number, a share if it is below 1, or -1 for .001
-      of a folder and none of other data. They are skipped and reported, see `umd.data.pipeline`.
+      of a folder and none of other data. They are skipped, see `umd.data.unreadable`.
 
   Raises:
     ValueError, FileNotFoundError: no such data, split or op; the message lists the known ones.
@@ -138,21 +79,7 @@ def _records(name, split, data_dir, cache, shuffle_buffer) -> Records:
     )
   with during(f"[data] opening {name}, split {split!r}"):
     records = KINDS[kind](rest, split, data_dir, shuffle_buffer)
-  if not cache or isinstance(records, Arrays):
-    return records
-  cached = Cached(records)
-  cached.info = getattr(records, "info", None)  # How latents were made.
-  return cached
-
-
-def _at_most(max_bad: float, n: int) -> int:
-  """How many of n examples `max_bad` stands for: a share is rounded down."""
-  if isinstance(max_bad, bool) or not (0 <= max_bad < 1 or (max_bad >= 1 and max_bad % 1 == 0)):
-    raise ValueError(
-      f"max_bad={max_bad!r} must be a number of examples (0, 1, 2, ...), a share of them below 1, "
-      f"or {BY_KIND:g} for the default."
-    )
-  return int(max_bad) if max_bad >= 1 else int(max_bad * n)
+  return Cached(records) if cache and not isinstance(records, Arrays) else records
 
 
 def from_arrays(
@@ -163,5 +90,81 @@ def from_arrays(
   pp: str = "",
   class_names: tuple[str, ...] = (),
 ) -> Source:
-  """A source of images in memory, uint8 or float32 [n, H, W, C], and int labels [n] or None."""
+  """Returns a source of uint8 or float32 images [n, H, W, C] in memory, int labels [n] or None."""
   return Source(Arrays(name, images, labels, num_classes, class_names), pp)
+
+
+PART = r"[^:/\[\]+]+(?:\[[-\d%]*:[-\d%]*\])?"
+SPLIT = re.compile(rf"(.+?):({PART}(?:\+{PART})*)")  # "cifar10:3.0.2:train[:10%]+test"
+
+
+def locate(data: str) -> tuple[str, str]:
+  """Returns (name, split), as `load` takes them, of a set that a command line names.
+
+  Raises:
+    FileNotFoundError, ValueError: it is no path that is there, and not written as above.
+  """
+  kind, colon, rest = data.partition(":")
+  match = SPLIT.fullmatch(rest)
+  if colon and kind == "tfds":
+    if not match:
+      raise ValueError(f"{data!r} names no split: write tfds:NAME:SPLIT, e.g. tfds:cifar10:train.")
+    return f"tfds:{match[1]}", match[2]
+  if colon and kind in ("folder", "npz"):
+    if match and not _exists(rest):
+      return f"{kind}:{match[1]}", match[2]
+    return data, "all"
+  if not _exists(data):
+    raise FileNotFoundError(
+      f"{data!r}: there is no such file or folder. Give the path of a folder of images or of an "
+      "npz file, or tfds:NAME:SPLIT."
+    )
+  return ("folder:" if os.path.isdir(os.path.expanduser(data)) else "npz:") + data, "all"
+
+
+def _exists(path: str) -> bool:
+  return os.path.exists(os.path.expanduser(path))
+
+
+def open_images(data: str, size: int | None = None, data_dir: str = "") -> Source:
+  """Returns a set of images in [-1, 1] and of one size; reads the first of them at most.
+
+  Args:
+    data: name of the set, see above.
+    size: side of the square to which they are brought, the largest in the middle; None: they have
+      one size already.
+    data_dir: where TFDS keeps its data, as for `load`.
+
+  Raises:
+    FileNotFoundError, ValueError: no such set, or none of 8-bit images. While it is read: an image
+      of another size than the first.
+  """
+  name, split = locate(data)
+  settings = dict(data_dir=data_dir, max_bad=0)  # Each of them counts.
+  small = load(name, split, "decode|resize(1)|value_range(-1, 1)", **settings)
+  records = small.records
+  if records.dtype not in ("string", "uint8"):
+    raise ValueError(
+      f"{data!r} holds {records.dtype} images, whose range is not known. Store uint8, 0 to 255."
+    )
+  if size is not None:
+    pp = f"decode|resize_small({size})|central_crop({size})|value_range(-1, 1)"
+  elif None not in records.shape:
+    pp = "decode|value_range(-1, 1)"
+  else:
+    height, width = _first_size(small)
+    hint = f" as {records.describe(0)} is; give --size N to bring all to one size"
+    pp = f"decode|expect_size({height}, {width}, {hint!r})|value_range(-1, 1)"
+  return load(name, split, pp, **settings)
+
+
+def _first_size(source: Source) -> tuple[int, int]:
+  """Returns height and width of the first image of a source, before its preprocessing."""
+  tf, records = tensorflow(), source.records
+  row = next(iter(rows(records, 0, 1)))
+  try:
+    image = decode()(records.parse(row), Context(None, records.shape))["image"]
+  except tf.errors.OpError:
+    next(eval_batches(source, 1))  # Raises an error that names the file.
+    raise
+  return image.shape[0], image.shape[1]

@@ -10,23 +10,40 @@ from typing import Any
 
 import numpy as np
 
-from umd.data.host import in_graph, process_count, tensorflow
+from umd.data.host import in_graph, tensorflow
 from umd.data.records import Records
 
+CYCLE, BLOCK = 16, 16  # Files read side by side, and records from each in turn.
+READ_AHEAD = 1 << 23  # Bytes of a file: what remote storage likes.
 
-@functools.cache
-def builder_of(name: str, data_dir: str):
-  """The builder of a prepared data set.
 
-  What is not prepared is downloaded and prepared now, if there is one process and it can be.
+def tfds(name: str, split: str, data_dir: str, shuffle_buffer: int) -> Records:
+  """Returns a split of a TFDS data set, e.g. ("cifar10:3.0.2", "train[:99%]").
+
+  A data set that is not prepared is downloaded and prepared, if there is one process and it can be.
 
   Args:
     name: as TFDS writes it: NAME, NAME/CONFIG, NAME:VERSION.
+    split: as TFDS writes it.
     data_dir: where TFDS keeps its data, or the folder of one prepared data set; "": the default.
+    shuffle_buffer: records to shuffle among, where the files are TFRecord.
 
   Raises:
-    ValueError: there is no such data set, or it is not prepared and cannot be here.
+    ValueError: no such data set or split, no images, or it is not prepared and cannot be here.
   """
+  what = f"data 'tfds:{name}'"
+  builder = _builder(name, data_dir)
+  files = split_info(builder, split, what).file_instructions
+  image, label = image_and_label(builder.info, what)
+  name = f"tfds:{name}:{split}"
+  if builder.info.file_format.value == "array_record":
+    return ArrayRecords(name, files, builder.info.features, image, label)
+  return TFRecords(name, files, builder.info.features, image, label, shuffle_buffer)
+
+
+@functools.cache
+def _builder(name: str, data_dir: str):
+  """Returns the builder of a data set that is prepared by then."""
   tf = tensorflow()  # Before TFDS imports it.
   import tensorflow_datasets as tfds
 
@@ -35,22 +52,22 @@ def builder_of(name: str, data_dir: str):
   try:
     builder = tfds.builder(name, data_dir=data_dir or None)
   except (ValueError, AssertionError) as error:  # Not found; no such version.
-    raise ValueError(_unknown(name, data_dir, tfds.list_builders(), error)) from None
+    prepared = []
+    if data_dir and tf.io.gfile.isdir(data_dir):
+      prepared = [folder.rstrip("/") for folder in tf.io.gfile.listdir(data_dir)]
+    known = {*tfds.list_builders(), *prepared}
+    reason = str(error).strip().split("\n")[0]
+    raise ValueError(_unknown(name, data_dir, known, reason)) from None
   if not builder.is_prepared():
     _prepare(name, builder)
   return builder
 
 
-def _unknown(name, data_dir, with_code, error) -> str:
-  tf = tensorflow()
-  prepared = []
-  if data_dir and tf.io.gfile.isdir(data_dir):
-    prepared = [folder.rstrip("/") for folder in tf.io.gfile.listdir(data_dir)]
+def _unknown(name: str, data_dir: str, known: set[str], reason: str) -> str:
   base = name.split(":")[0].split("/")[0]
-  if base in with_code or base in prepared:
-    reason = str(error).strip().split("\n")[0]
+  if base in known:
     return f"data 'tfds:{name}' cannot be had from {data_dir or 'the default folder'}: {reason}"
-  near = difflib.get_close_matches(base, sorted({*with_code, *prepared}), n=3, cutoff=0.6)
+  near = difflib.get_close_matches(base, sorted(known), n=3, cutoff=0.6)
   hint = f" Did you mean {' or '.join(near)}?" if near else ""
   return (
     f"data 'tfds:{name}': TFDS has no such data set, and none is prepared in "
@@ -60,6 +77,8 @@ def _unknown(name, data_dir, with_code, error) -> str:
 
 def _prepare(name: str, builder):
   """Downloads and prepares a data set; ValueError if that cannot be done here."""
+  import jax  # Data can be read without it.
+
   root = os.fspath(builder._data_dir_root)
   where = f"data 'tfds:{name}' is not prepared in {root!r}"
   remedy = (
@@ -74,8 +93,10 @@ def _prepare(name: str, builder):
       f"{where}, and its files must be downloaded by hand. {remedy} with the downloads in "
       f"{folder}. TFDS: {needed}"
     )
-  if process_count() > 1:
-    raise ValueError(f"{where}, and {process_count()} processes cannot all prepare it. {remedy}")
+  if jax.process_count() > 1:
+    raise ValueError(
+      f"{where}, and {jax.process_count()} processes cannot all prepare it. {remedy}"
+    )
   print(f"[data] tfds:{name} is not prepared: downloading it to {root}", flush=True)
   try:
     builder.download_and_prepare()
@@ -84,41 +105,22 @@ def _prepare(name: str, builder):
     raise ValueError(f"{where} and could not be: {reason} {remedy}") from error
 
 
-CYCLE, BLOCK = 16, 16  # Files read side by side, and records from each in turn.
-READ_AHEAD = 1 << 23  # Bytes of a file: what remote storage likes.
-
-
-def tfds(name: str, split: str, data_dir: str, shuffle_buffer: int) -> Records:
-  """A split of a TFDS data set, e.g. ("cifar10:3.0.2", "train[:99%]").
-
-  Raises:
-    ValueError: no such data set or split, no images, or it is not prepared and cannot be here.
-  """
-  what = f"data 'tfds:{name}'"
-  builder = builder_of(name, data_dir)
-  info = _split(builder.info.splits, split, what)
-  files = info.file_instructions
-  image, label = image_and_label(builder.info, what)
-  name = f"tfds:{name}:{split}"
-  if builder.info.file_format.value == "array_record":
-    return ArrayRecords(name, files, builder.info.features, image, label)
-  return TFRecords(name, files, builder.info.features, image, label, shuffle_buffer)
-
-
-def _split(known, split: str, what: str):
-  sizes = ", ".join(f"{name} ({of.num_examples} images)" for name, of in known.items())
+def split_info(builder, split: str, what: str):
+  """Returns what TFDS knows of a split; ValueError if there is none or it holds no images."""
+  splits = builder.info.splits
+  sizes = ", ".join(f"{name} ({of.num_examples} images)" for name, of in splits.items())
   try:
-    found = known[split]
+    info = splits[split]
   except (ValueError, KeyError) as error:
     reason = str(error).split("\n")[0]
     raise ValueError(f"{what} has no split {split!r}; it has {sizes}. TFDS: {reason}") from None
-  if not found.num_examples:
+  if not info.num_examples:
     raise ValueError(f"{what}: split {split!r} holds no images; there are {sizes}.")
-  return found
+  return info
 
 
 def image_and_label(info, what: str) -> tuple[str, str | None]:
-  """Names of the features that hold the image and the class; None if there are no classes.
+  """Returns the names of the features that hold the image and the class; None for no classes.
 
   They are `image` and `label`, or else what TFDS calls the supervised keys.
   """
@@ -155,7 +157,8 @@ class TfdsRecords(Records):
       classes.num_classes if label else 0,
       (classes.names or ()) if label else (),
     )
-    self._image, self._label, self._files = image, label, files
+    self.files = files
+    self._image, self._label = image, label
     # Only what is needed is taken out of the records.
     self._features = tfds.features.FeaturesDict({k: features[k] for k in (image, label) if k})
     self._decoders = {image: tfds.decode.SkipDecoding()} if encoded else None
@@ -170,12 +173,12 @@ class TfdsRecords(Records):
     return {"image": example[self._image], "label": tensorflow().cast(label, "int32")}
 
   def fingerprint(self):
-    """Of the files' names, with the data set's name and version, and of what is taken of each."""
-    parts = [("/".join(PurePath(f.filename).parts[-4:]), f.skip, f.take) for f in self._files]
+    """Returns a hash of the files' names, with name and version, and of what each contributes."""
+    parts = [("/".join(PurePath(f.filename).parts[-4:]), f.skip, f.take) for f in self.files]
     return hashlib.sha256(repr((parts, self._image, self._label)).encode()).hexdigest()
 
   def describe(self, index):
-    file = self._files[bisect.bisect_right(self._ends, index)]
+    file = self.files[bisect.bisect_right(self._ends, index)]
     return f"record {index} of data {self.name!r} (in {os.fspath(file.filename)!r})"
 
 
@@ -186,12 +189,12 @@ class ArrayRecords(TfdsRecords):
   def _source(self):
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-    return ArrayRecordDataSource(self._files)
+    return ArrayRecordDataSource(self.files)
 
   def fetch(self, ids):
-    found = np.empty(len(ids), object)
-    found[:] = self._source.__getitems__([int(i) for i in ids])
-    return {"record": found}
+    records = np.empty(len(ids), object)
+    records[:] = self._source.__getitems__([int(i) for i in ids])
+    return {"record": records}
 
 
 class TFRecords(TfdsRecords):
@@ -228,21 +231,21 @@ class TFRecords(TfdsRecords):
     return rows.shuffle(buffer, seed=shuffle_seed, reshuffle_each_iteration=False)
 
   def _cut(self, low: int, high: int) -> dict[str, np.ndarray]:
-    """Which records of which files are low..high - 1, and the index of the first of each file."""
-    parts = []
-    for file, end in zip(self._files, self._ends, strict=True):
+    """Returns which records of which files are low..high - 1, and each file's first index."""
+    columns = {"name": [], "skip": [], "take": [], "index": []}
+    for file, end in zip(self.files, self._ends, strict=True):
       start = int(end) - file.take
       first, last = max(low, start), min(high, int(end))
       if first < last:
-        skip = file.skip + first - start
-        parts.append((os.fspath(file.filename), skip, last - first, first))
-    names, *numbers = zip(*parts, strict=True)
-    numbers = [np.array(column, np.int64) for column in numbers]
-    return dict(zip(("name", "skip", "take", "index"), [np.array(names), *numbers], strict=True))
+        columns["name"].append(os.fspath(file.filename))
+        columns["skip"].append(file.skip + first - start)
+        columns["take"].append(last - first)
+        columns["index"].append(first)
+    return {key: np.array(values) for key, values in columns.items()}
 
 
 def _read_file(file):
-  """tf.data of {record, index} of one file's part."""
+  """Returns tf.data of {record, index} of one file's part."""
   tf = tensorflow()
   records = tf.data.TFRecordDataset(file["name"], buffer_size=READ_AHEAD)
   records = records.skip(file["skip"]).take(file["take"])
@@ -251,6 +254,6 @@ def _read_file(file):
 
 
 def _draw(seed: int, epoch: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-  """(order of `count` files, seed of the shuffle buffer), from NumPy's fixed Philox stream."""
+  """Returns (order of `count` files, seed of the shuffle buffer), from NumPy's Philox stream."""
   bits = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(count + 1)
   return np.argsort(bits[:count], kind="stable"), np.int64(bits[count] >> np.uint64(1))

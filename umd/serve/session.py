@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from umd.data import Source, load, train_batches
-from umd.data.image_sets import open_images
+from umd.data.sources import open_images
 from umd.models.network import grid
 from umd.runs import workdir
 from umd.runs.progress import format_seconds
@@ -227,7 +227,7 @@ def trained_on(config: Mapping, size: Size) -> Source:
 
 
 def named(data: str, size: Size, data_dir: str = "") -> Source:
-  """The images that a command line names, see `umd.data.image_sets`.
+  """The images that a command line names, see `umd.data.sources`.
 
   Raises:
     FileNotFoundError, ValueError: there are none, or not of the model's size.
