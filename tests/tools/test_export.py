@@ -117,7 +117,7 @@ def test_a_damaged_file_is_not_loaded(exported, tmp_path):
     ("thesis", "holds something else (thesis.tex)"),
     ("run", "holds something else"),
     ("other model", "holds another model, which differs in model.condition"),
-    ("no run", "there is no such folder"),
+    ("no run", "holds no run: no such folder"),
     ("exported", "was exported already"),
   ],
 )

@@ -20,9 +20,7 @@ from umd.devices.mesh import make_mesh
 from umd.metrics.quantize import quantize
 from umd.samplers import Sampling
 from umd.samplers.keys import example_keys
-from umd.trained import inputs, saved
-from umd.trained import model as pretrained
-from umd.trained import model as programs
+from umd.trained import inputs, programs, saved
 
 N = 6
 IMAGES = np.random.default_rng(0).integers(0, 256, (N, *SIZE), dtype=np.uint8)
@@ -225,7 +223,7 @@ def latent_model(tmp_path, small_vae):
   return load(pretrained_runs.make(tmp_path, settings, codec=opened, size=(16, 16, 3)))
 
 
-def test_a_model_of_latents_takes_and_gives_pixels(latent_model, monkeypatch):
+def test_a_model_of_latents_takes_and_gives_pixels(latent_model):
   images = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
   mask = np.zeros((16, 16), bool)
   mask[3:8, 5] = True
@@ -233,11 +231,9 @@ def test_a_model_of_latents_takes_and_gives_pixels(latent_model, monkeypatch):
   made = latent_model.inpaint(images, mask, 3, resampling=1, steps=2)
   np.testing.assert_array_equal(made[:, ~mask], images[:, ~mask])
   assert (made[:, mask] != images[:, mask]).any()
-  place = dataclasses.replace(latent_model.description, vae_sha256="1" * 64)
-  monkeypatch.setattr(latent_model, "description", place)
-  found = saved.Place(latent_model.folder, place)
-  with pytest.raises(ValueError, match=r"the VAE 'small' is another one than in training"):
-    pretrained.Pretrained(found, {}, "ema", 7, make_mesh(), "")
+  about = dataclasses.replace(latent_model.description, vae_sha256="1" * 64)
+  with pytest.raises(ValueError, match="Give the vae that it was trained with"):
+    saved.Run(latent_model.folder, about).open_codec(make_mesh())
 
 
 @pytest.mark.parametrize(
@@ -284,22 +280,13 @@ def test_a_model_is_not_asked_for_what_it_was_not_trained_for(workdir, tmp_path)
     unlabelled.sample(3)
   for method, told in (("mae", "clean images only"), ("dit", "trained without masks")):
     settings = pretrained_runs.config("pretrain", f",method={method}")
-    path = pretrained_runs.make(tmp_path / method, settings, 0, (), steps=())
-    about = saved.find(path).description
+    path = pretrained_runs.make(tmp_path / method, settings, 0, (), steps=(1,))
+    about = saved.open_run(path).description
     task, other = ("sample", "reconstruct") if method == "mae" else ("reconstruct", "sample")
     assert told in about.lacks(task) and not about.lacks(other)
     unlabelled.description = about
     with pytest.raises(ValueError, match=told):
       getattr(unlabelled, task)(*([] if task == "sample" else [IMAGES]))
-
-
-def test_old_runs_without_names_of_classes_open(workdir, tmp_path):
-  path = tmp_path / "old"
-  shutil.copytree(os.path.join(workdir, "finetune"), path)
-  about = '{"image_size": [8, 8, 1], "num_classes": 10}'
-  (path / "model.json").write_text(about)
-  with pytest.raises(ValueError, match=r"'three' is no class.*Give numbers, 0\.\.9.*has no names"):
-    load(str(path)).label_ids("three")
 
 
 @pytest.mark.parametrize(
@@ -317,14 +304,16 @@ def test_weights_that_there_are_not_are_told(workdir, given, told):
 
 
 def test_folders_that_hold_no_model_are_told(workdir, tmp_path):
-  with pytest.raises(FileNotFoundError, match=r"there is no such folder"):
+  with pytest.raises(FileNotFoundError, match=r"holds no run: no such folder"):
     load(str(tmp_path / "nothing"))
-  with pytest.raises(FileNotFoundError, match=r"holds no trained model"):
+  with pytest.raises(FileNotFoundError, match=r"holds no run: there is none"):
     load(str(tmp_path))
   other = tmp_path / "probe"
   other.mkdir()
   (other / "config.json").write_text('{"trainer": "linear_probe", "init_from": "runs/a"}')
-  with pytest.raises(ValueError, match=r"'linear_probe', which leaves no auto-encoder.*'runs/a'"):
+  with pytest.raises(
+    ValueError, match=r"'linear_probe', which leaves no model that makes images.*'runs/a'"
+  ):
     load(str(other))
   path = tmp_path / "run"
   shutil.copytree(os.path.join(workdir, "finetune"), path)

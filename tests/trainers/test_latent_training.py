@@ -162,7 +162,7 @@ def test_the_checkpoint_holds_nothing_of_the_vae(trained, vae):
   workdir, _ = trained
   run = saved.open_run(workdir)
   assert run.model.image_size == (SIZE // 4, SIZE // 4, 4)
-  assert run.about["vae_sha256"] == vae_files.load(vae).sha256
+  assert run.description.vae_sha256 == vae_files.load(vae).sha256
   own = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(checkpoint.param_shapes(workdir)))
   shapes = param_shapes(run.model)
   assert own == sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
@@ -194,7 +194,7 @@ def test_another_vae_in_the_place_of_the_one_it_was_trained_with_is_refused(trai
       make_config(other), str(tmp_path / "new"), "", workdir
     )
   run = saved.open_run(workdir)
-  run.config["latents"]["vae"] = other
+  run.description.latents["vae"] = other
   with pytest.raises(ValueError, match="Give the vae that it was trained with"):
     run.open_codec(make_mesh())
 
