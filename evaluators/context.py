@@ -185,11 +185,11 @@ class Context:
       )
     return source
 
-  def check_timestep(self, t: int) -> None:
-    """Raises ValueError unless t is a timestep of the path; JAX would clamp it in silence."""
-    timesteps = self.inference.path.timesteps
-    if not 0 <= t <= timesteps:
-      raise ValueError(f"t={t} must be in [0, timesteps={timesteps}].")
+  def check_time(self, t: float) -> None:
+    """Raises ValueError unless t is a time of the path; JAX would clamp it in silence."""
+    end = self.inference.path.end
+    if not 0 <= t <= end:
+      raise ValueError(f"t={t} must be in [0, {end}], where the noise path ends.")
 
   def jit(
     self,

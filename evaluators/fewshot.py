@@ -29,7 +29,7 @@ class Settings:
   l2: Sequence[float] = setting("The penalties among which 'strict' chooses.", PENALTIES)
   held_out: int = setting("At most so many training examples serve to choose the penalty.", 1000)
   features: Sequence[str] = setting("Features of the network: class, mean, patches.", ("class",))
-  t: int = setting("The timestep to which the images are noised; 0 is clean.", 0)
+  t: int | float = setting("The time to which the images are noised; 0 is clean.", 0)
   knn: Sequence[int] = setting("Numbers of nearest neighbours that vote; () for none.", ())
   pixels: bool = setting("Whether raw pixels are probed as well.", True)
 
@@ -55,7 +55,7 @@ class Evaluator:
     protocols = settings.protocol
     self._protocols = (protocols,) if isinstance(protocols, str) else tuple(protocols)
     self._context, self._settings = context, settings
-    context.check_timestep(settings.t)
+    context.check_time(settings.t)
     self._train, self._test = self._open("train"), self._open("test")
     self._check()
     if self._train.labels is not None:

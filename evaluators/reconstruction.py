@@ -24,7 +24,7 @@ class Settings:
   data: Mapping = setting("The images.")
   mask_ratio: float = setting("The share of patches that is masked.", within="[0, 1)")
   num: int = setting("Look at the first so many images only; 0 takes all.", 0, "[0, inf)")
-  t: int = setting("The timestep to which the images are noised; 0 is clean.", 0, "[0, inf)")
+  t: int | float = setting("The time to which the images are noised; 0 is clean.", 0, "[0, inf)")
   rows: int = setting("The number of images that are shown.", 8, "[1, inf)")
   scale: int = setting("Each pixel is drawn as so many by so many.", 6, "[1, inf)")
 
@@ -43,7 +43,7 @@ class Evaluator:
       raise ValueError(f"reconstruction reads the head 'x0', the model has {model.heads}.")
     if num_kept(num_tokens(model), settings.mask_ratio) == num_tokens(model):
       raise ValueError(f"mask_ratio={settings.mask_ratio} masks no token; set it higher.")
-    context.check_timestep(settings.t)
+    context.check_time(settings.t)
     self._context = context
     self._settings = settings
     self._source = context.open("data", settings.data)

@@ -244,7 +244,7 @@ def test_a_model_of_latents_takes_and_gives_pixels(latent_model):
     (lambda m: m.represent(FLOATS * np.nan), r"must be in \[-1, 1\]"),
     (lambda m: m.represent(IMAGES.astype(int)), r"type int64.*uint8, or floats"),
     (lambda m: m.represent(IMAGES, "cls"), r"features='cls'.*'class', 'mean', 'patches'"),
-    (lambda m: m.represent(IMAGES, t=T + 1), rf"t={T + 1} must be in \[0, timesteps={T}\]"),
+    (lambda m: m.represent(IMAGES, t=T + 1), rf"t={T + 1} must be in \[0, {T}\]"),
     (lambda m: m.represent(IMAGES, seed=-1), r"seed=-1 must be in"),
     (lambda m: m.represent(IMAGES, batch_size=0), r"batch_size=0 must be at least 1"),
     (lambda m: m.reconstruct(IMAGES, 0.0), r"mask_ratio=0\.0 masks none of 16 patches"),

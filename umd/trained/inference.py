@@ -27,19 +27,18 @@ class Inference:
   path: Path
 
   def features(self) -> tuple[str, ...]:
-    """The names of what `represent` returns."""
+    """Names what `represent` returns."""
     return tuple(feature_widths(self.model))
 
   def represent(
-    self, params, images: Float[Array, "b h w c"], keys: Array, t: int = 0
+    self, params, images: Float[Array, "b h w c"], keys: Array, t: float = 0
   ) -> dict[str, Float[Array, "b _"]]:
-    """Representations of images noised to timestep t (0: clean), a key per example.
+    """Represents images noised to time t (0: clean), with one key per example.
 
     Returns what the network's `represent` does, {name: [B, D]}.
     """
-    times = jnp.full(len(images), t, jnp.int32)
-    x_t = self.path.combine("x_t", images, example_normal(keys, images.shape[1:]), times)
-    return self.model.apply({"params": params}, x_t, times, method="represent")
+    inputs, times = self._noised(images, keys, t)
+    return self.model.apply({"params": params}, inputs, times, method="represent")
 
   def reconstruct(
     self,
@@ -47,29 +46,34 @@ class Inference:
     images: Float[Array, "b h w c"],
     keys: Array,
     mask_ratio: float,
-    t: int = 0,
+    t: float = 0,
     mask: Mask | None = None,
   ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
-    """Fills in dropped patches with the x0 head.
+    """Fills in masked patches with the x0 head.
 
-    They are a random share `mask_ratio` of all, or those of `mask`.
+    The masked patches are a random share `mask_ratio` of all, or those of `mask`.
 
-    Returns (reconstruction, masked): the input with its dropped patches predicted, and a map of
+    Returns (reconstruction, masked): the images with their masked patches predicted, and a map of
     ones where they are.
     """
-    times = jnp.full(len(images), t, jnp.int32)
     noise_keys, mask_keys = split(keys)
     if mask is None:
       tokens = num_tokens(self.model)
       noise = example_uniform(mask_keys, (tokens,))
       mask = mask_from_noise(noise, num_kept(tokens, mask_ratio))
-    x_t = self.path.combine("x_t", images, example_normal(noise_keys, images.shape[1:]), times)
-    filled = predict(self.model, params, x_t, times, None, mask)["x0"]
+    inputs, times = self._noised(images, noise_keys, t)
+    filled = predict(self.model, params, inputs, times, None, mask)["x0"]
     patch = self.model.patch
     shape = patchify(images, patch).shape
     masked = jnp.broadcast_to(mask.masked[:, :, None], shape)
     where = unpatchify(masked, patch, images.shape[1:3])
     return jnp.where(where > 0, filled, images), where
+
+  def _noised(self, images, keys, t) -> tuple[Array, Array]:
+    """Noises images to time t; returns what the network is shown and the times it is told."""
+    eps = example_normal(keys, images.shape[1:])
+    x_t = self.path.combine("x_t", images, eps, jnp.full(len(images), t))
+    return self.path.input_scale(t) * x_t, jnp.full(len(images), self.path.time_input(t))
 
   def denoiser(
     self, params, labels: Int[Array, "b"] | None, sampling: Sampling

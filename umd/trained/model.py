@@ -82,7 +82,7 @@ class Pretrained:
     self.num_classes = run.model.num_classes
     codec = run.open_codec(mesh)
     self.image_size = tuple(codec.pixel_size(run.model.image_size))
-    self._model, self._timesteps = run.model, run.inference.path.timesteps
+    self._model, self._end = run.model, run.inference.path.end
     self._programs = Programs(run.inference, codec, mesh)
     self._weights = Weights(replicate(params, mesh), codec.params)
 
@@ -101,22 +101,22 @@ class Pretrained:
     return inputs.label_ids(labels, self.class_names, self.num_classes)
 
   def represent(
-    self, images, features: str = "class", t: int = 0, seed: int = 0, batch_size: int = BATCH
+    self, images, features: str = "class", t: float = 0, seed: int = 0, batch_size: int = BATCH
   ) -> np.ndarray:
-    """Computes representations, float32 [n, D], of images noised to timestep t (0: clean).
+    """Computes representations, float32 [n, D], of images noised to time t (0: clean).
 
     Args:
       images: see the class.
       features: "class", "mean" or "patches", see `umd.trained.inference.Inference.represent`.
-      t: 0..T.
+      t: a time of the noise path.
       seed: of the noise, and of the latents if the model sees those.
       batch_size: images at a time, over all devices.
     """
     images = inputs.as_images(images, self.image_size)
     if features not in (known := list(feature_widths(self._model))):
       raise ValueError(f"features={features!r} is not one of {known}.")
-    if not 0 <= t <= self._timesteps:
-      raise ValueError(f"t={t} must be in [0, timesteps={self._timesteps}].")
+    if not 0 <= t <= self._end:
+      raise ValueError(f"t={t} must be in [0, {self._end}], where the noise path ends.")
     program = self._programs.compiled("represent", features=features, t=t)
     return self._programs.all(program, self._weights, seed, {"image": images}, batch_size)
 

@@ -64,7 +64,7 @@ class Programs:
   mesh: Mesh
   _compiled: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
-  def represent(self, weights: Weights, key, rows, *, features: str, t: int):
+  def represent(self, weights: Weights, key, rows, *, features: str, t: float):
     """Returns features [B, D] of rows {image}."""
     keys = fold(key, rows["index"])
     seen = self._encode(weights, keys, to_floats(rows["image"]))
