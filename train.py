@@ -54,9 +54,6 @@ def _is_user_error(error: BaseException) -> bool:
 
 def _report(error: BaseException) -> int:
   """Prints the message alone if it is meant for the user, else a traceback; the exit status."""
-  from umd.runs import progress
-
-  progress.end_line()
   if _is_user_error(error):
     print(f"error: {error}", file=sys.stderr)
     return 2
@@ -129,8 +126,8 @@ def main(argv):
       PROCESS_ID.value,
       timeout_seconds=START_SECONDS.value,
       heartbeat_seconds=HEARTBEAT_SECONDS.value,
+      stop_together=True,
     )
-    preemption.join()
     from trainers import stages
     from trainers.config import describe
 

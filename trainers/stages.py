@@ -45,7 +45,7 @@ def run(
     logs.printer("config")(remark)
   plan = stages(config, workdir)
   folder.check_writable(workdir)
-  with lock.hold(workdir, [name for name, _, _ in plan]):
+  with lock.hold([stage_dir for _, _, stage_dir in plan]):
     return _run(plan, workdir, wandb_key, default or ConfigDict())
 
 

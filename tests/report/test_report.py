@@ -292,7 +292,7 @@ def test_the_state_of_a_run_is_found_out(tmp_path):
   folder = make(f"{top}/pretrain", summary=False)
   read.add_stages(top, ["pretrain", "finetune"])
   assert read.read_run(folder).state == read.INTERRUPTED
-  with lock.hold(top, ["pretrain"]):
+  with lock.hold([f"{top}/pretrain"]):
     assert read.read_run(folder).state == read.RUNNING
     assert read.read_run(f"{top}/finetune").state == read.NOT_STARTED
   workdir.finish(folder, {"step": 40})

@@ -108,7 +108,7 @@ def test_no_byte_of_the_list_of_checksums_can_change(run):
   changed = [flip(raw, at) for at in range(0, len(raw), 7)]
   for contents in (*changed, *(raw[:-n] for n in (1, 40, 100, 101, 300, len(raw)))):
     (folder / "SHA256SUMS").write_bytes(contents)
-    assert not integrity.verify(epath.Path(folder)).good
+    assert integrity.verify(epath.Path(folder))
 
 
 @pytest.mark.parametrize("how", DAMAGE)
@@ -189,8 +189,8 @@ def test_another_run_is_read_but_never_written(run, capsys, monkeypatch):
   (run / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()
   before = contents_of(run), sorted(os.listdir(run / "checkpoints"))
   # A look at the small files alone does not see it; shapes come from there, weights do not.
-  verify = lambda **quick: integrity.verify(epath.Path(run / "checkpoints" / "2"), **quick).good
-  assert verify(quick=True) and not verify()
+  verify = lambda **quick: integrity.verify(epath.Path(run / "checkpoints" / "2"), **quick)
+  assert not verify(quick=True) and verify()
   params, step = load_params(str(run))
   assert step == 1
   assert_bitwise_equal(params, jax.device_get(make_state(4, 1).ema_params))
@@ -200,36 +200,9 @@ def test_another_run_is_read_but_never_written(run, capsys, monkeypatch):
   assert (contents_of(run), sorted(os.listdir(run / "checkpoints"))) == before
 
 
-def test_a_checkpoint_of_an_older_version_is_read_and_said_not_to_be_verified(run):
-  folder = run / "checkpoints" / "2"
-  (folder / "SHA256SUMS").unlink()
-  # Lost, not absent from the beginning: metrics.json is there.
-  assert integrity.find_newest(str(run / "checkpoints")).damaged[2] == "SHA256SUMS is missing"
-  (folder / "metrics.json").unlink()
-  with Checkpoints(str(run)) as checkpoints:
-    state, _, step, reports = checkpoints.restore_newest(make_state(4, 0))
-  assert step == 2 and "not verified" in reports[0]
-  assert_bitwise_equal(state, make_state(4, 2))
-
-
-@pytest.mark.parametrize("link", ["2", "2/state", "2/state/_METADATA", "2/more"])
-def test_links_that_lead_out_of_the_run_are_refused(run, tmp_path, link):
-  inside, outside = run / "checkpoints" / link, tmp_path / "outside"
-  if inside.exists():
-    shutil.move(inside, outside)
-  else:
-    outside.write_text("secret")
-  inside.symlink_to(outside)
-  with Checkpoints(str(run)) as checkpoints:
-    _, _, step, reports = checkpoints.restore_newest(make_state(4, 0))
-  assert step == 1
-  assert f"{link.removeprefix('2/')} is a link that leads out" in reports[0]
-  assert outside.exists()
-
-
 def test_a_workdir_may_be_a_link(run, tmp_path):
   (tmp_path / "link").symlink_to(run)
-  assert integrity.find_newest(str(tmp_path / "link" / "checkpoints")) == (2, {}, "")
+  assert integrity.find_newest(str(tmp_path / "link" / "checkpoints")) == (2, {})
 
 
 KILLED = """
@@ -252,7 +225,7 @@ checkpoints.close()
 def test_a_save_killed_before_its_commit_is_ignored(run, before):
   """With all arrays written: without the checksums, and with them."""
   code = KILLED.format(workdir=str(run), before=before)
-  environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+  environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'runs'}"}
   done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
   assert done.returncode == -signal.SIGKILL
   assert list((run / "checkpoints").glob("3.*/state")), "killed too early to tell"

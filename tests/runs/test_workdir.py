@@ -8,6 +8,7 @@ import types
 import jax
 import pytest
 from ml_collections import ConfigDict
+from stand_ins import object_store
 
 from trainers import diffusion, stages
 from trainers.config import schema
@@ -104,28 +105,6 @@ def test_harmless_may_be_a_part_of_a_section(tmp_path, capsys):
       check(new)
 
 
-@pytest.mark.parametrize(
-  "old, new, same",
-  [
-    ({}, {"guard": {"sigma": 0.0}}, True),  # a run from before the key was there
-    ({}, {"guard": {"sigma": 6.0}}, False),  # which goes on in another way
-    ({"guard": {"sigma": 0.0}}, {}, True),
-    ({"guard": {"sigma": 6.0}}, {}, False),
-    ({"guard": {"sigma": 6.0}}, {"guard": {"sigma": 6.0}}, True),
-    ({}, {"guard": {"sigma": 0.0, "other": 1}}, False),
-  ],
-)
-def test_a_key_that_is_new_since_stands_for_what_was_done_before(tmp_path, old, new, same):
-  folder.start(str(tmp_path), {**CONFIG, **old})
-  check = lambda: folder.check_same_run(
-    str(tmp_path), {**CONFIG, **new}, (), since={"guard.sigma": 0.0}
-  )
-  if same:
-    return check()
-  with pytest.raises(ValueError, match=r"guard\.(sigma|other): there"):
-    check()
-
-
 @pytest.mark.parametrize("contents", [b"", b'{"lr": 0.', b"[1, 2]", b"\xff"])
 def test_a_torn_config_is_named_and_left_alone(tmp_path, contents):
   path = tmp_path / "config.json"
@@ -209,27 +188,9 @@ def test_the_environment_names_versions_devices_and_command(tmp_path, monkeypatc
   assert found["command"] == [sys.executable, "train.py", "--workdir", "here"]
 
 
-@pytest.fixture
-def remote(monkeypatch, tmp_path):
-  """An address of TensorFlow's file system in memory; no file may appear on this machine."""
-  import tensorflow as tf
-
-  class GFile(tf.io.gfile.GFile):
-    """In memory, opening a file again to write it appends; object stores replace it."""
-
-    def __init__(self, name, mode="r"):
-      if "w" in mode and tf.io.gfile.exists(name):
-        tf.io.gfile.remove(name)
-      super().__init__(name, mode)
-
-  monkeypatch.setattr(tf.io.gfile, "GFile", GFile)
-  monkeypatch.setattr(folder, "SCHEMES", ("ram",))
-  monkeypatch.chdir(tmp_path)
-  yield f"ram://bucket/{tmp_path.name}"
-  assert not os.listdir(tmp_path)
-
-
-def test_a_run_at_an_address_is_written_and_read_as_on_this_machine(remote):
+def test_a_run_at_an_address_is_written_and_read_as_on_this_machine(monkeypatch):
+  object_store(monkeypatch)
+  remote = "gs://bucket/run"
   folder.check_writable(remote)
   assert not folder.exists(remote) and folder.finished(remote) is None
   folder.check_same_run(remote, CONFIG, ())
@@ -261,14 +222,11 @@ def test_looking_whether_a_folder_can_be_written_leaves_nothing_there(tmp_path, 
   [
     ("file/run", "file is no folder"),
     ("s3://bucket/run", "must be a folder of this machine or gs://"),
-    ("absent://bucket/run", "not implemented.*credentials"),
   ],
 )
 def test_a_workdir_that_cannot_be_written_is_an_error_that_names_it(
   tmp_path, monkeypatch, workdir, told
 ):
-  if workdir.startswith("absent"):  # an address that TensorFlow cannot reach
-    monkeypatch.setattr(folder, "SCHEMES", ("absent",))
   monkeypatch.chdir(tmp_path)
   (tmp_path / "file").write_text("")
   with pytest.raises(ValueError, match=f"workdir='{workdir}' cannot be written: .*{told}"):
@@ -280,3 +238,20 @@ def test_a_folder_without_permission_is_named(tmp_path):
   tmp_path.chmod(0o500)
   with pytest.raises(ValueError, match=f"no permission to write in {tmp_path}"):
     folder.check_writable(str(tmp_path / "run"))
+
+
+def test_a_bucket_that_cannot_be_written_is_named_with_what_the_store_says(monkeypatch):
+  def refuse(*args, **options):
+    raise RuntimeError("403: no storage.objects.create access\nand much more")
+
+  objects = object_store(monkeypatch)
+  monkeypatch.setattr(objects, "open", refuse)
+  with pytest.raises(ValueError, match=r"'gs://bucket/run' cannot.*403: no.*access\. Check the bu"):
+    folder.check_writable("gs://bucket/run")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_is_one_message_that_names_the_file(tmp_path):
+  (tmp_path / "summary.json.tmp").symlink_to("/dev/full")
+  with pytest.raises(OSError, match=r"summary\.json cannot be written: No space left.*Make room"):
+    folder.finish(str(tmp_path), {"step": 5})

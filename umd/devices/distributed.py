@@ -1,4 +1,9 @@
-"""Several processes as one run: finds out whether there are others, joins them, and leaves them."""
+"""Several processes as one run: finds out whether there are others, joins them, and leaves them.
+
+JAX connects the processes and ends all of them when one dies. What is decided here is who they are:
+JAX would take a shell inside a SLURM allocation for a task of srun, would give a task only one of
+several GPUs that are its own, and does not know all kinds of MPI.
+"""
 
 import dataclasses
 import glob
@@ -19,10 +24,10 @@ class Settings:
   """The place of this process among several; all but the launcher is None if JAX asks the TPU.
 
   Attributes:
-    launcher: who said so, for messages.
+    launcher: who started the processes, for messages.
     coordinator: host:port at which process 0 gathers the others.
     num_processes: how many there are.
-    process_id: this one, from 0.
+    process_id: the number of this one, from 0.
     local_device_ids: the GPUs of this machine that are this process's; None for all.
   """
 
@@ -62,13 +67,13 @@ METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attribut
 
 
 def first_host(nodelist: str) -> str:
-  """The first host of a SLURM node list: "a[01-03,7],b2" -> "a01"."""
+  """Returns the first host of a SLURM node list: "a01" of "a[01-03,7],b2"."""
   first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist).group()
   return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
 def _tasks_on_this_node(environ: Mapping[str, str]) -> int:
-  """From SLURM's "4(x2),3": four tasks on each of two nodes, three on the next."""
+  """Reads SLURM's "4(x2),3": four tasks on each of two nodes, three on the next."""
   counts = []
   for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
     tasks, _, times = part.partition("(x")
@@ -76,51 +81,43 @@ def _tasks_on_this_node(environ: Mapping[str, str]) -> int:
   return counts[min(int(environ.get("SLURM_NODEID", 0)), len(counts) - 1)]
 
 
-def _port(job: str, step: str = "0") -> int:
-  """A port above those that Linux gives out by itself, the same in all processes of a step."""
-  return 61440 + (int(job) + 131 * int(step)) % 4096
-
-
 def _launcher(environ: Mapping[str, str]) -> tuple[str, Variables] | None:
-  """Who started this process as one of several; None if nobody did.
+  """Returns who started this process as one of several; None if nobody did.
 
-  MPI is asked first: under SLURM, its daemons are tasks of srun and what they start inherits their
-  numbers. A shell in an allocation has SLURM_NTASKS too, so that alone is no sign of srun.
+  MPI comes first: under SLURM, its daemons are tasks of srun, and the processes that they start
+  inherit their numbers. SLURM_NTASKS is no sign of srun, since a shell in an allocation has it too.
   """
-  several = int(environ.get(SLURM.size, 1)) > 1 and SLURM.rank in environ
   for name, mpi in MPI.items():
     if mpi.rank in environ and mpi.size in environ:
-      of_srun = all(environ[a] == environ.get(b) for a, b in zip(mpi[:2], SLURM[:2], strict=True))
-      if not of_srun:  # srun sets PMI's variables as well, to its own numbers
+      place = (environ[mpi.rank], environ[mpi.size])
+      # srun sets the variables of PMI as well, to its own numbers.
+      if place != (environ.get(SLURM.rank), environ.get(SLURM.size)):
         return (name, mpi) if int(environ[mpi.size]) > 1 else None
+  several = int(environ.get(SLURM.size, 1)) > 1 and SLURM.rank in environ
   return ("srun", SLURM) if several else None
 
 
 def _devices(environ: Mapping[str, str], local_rank: int, local_size: int) -> tuple | None:
-  """This process's share of its machine's GPUs; None for all that it sees."""
-  if local_size == 1:
-    return None
+  """Returns this process's share of its machine's GPUs; None for all that it sees."""
   visible = environ.get("CUDA_VISIBLE_DEVICES")
   count = len(visible.split(",")) if visible else 0
-  if count == 1:
-    return None  # The launcher has dealt them out already.
+  if local_size == 1 or count == 1:  # With one visible, the launcher has dealt them out already.
+    return None
   share = max(1, count // local_size)
   return tuple(range(local_rank * share, (local_rank + 1) * share))
 
 
 def tpu_workers(environ: Mapping[str, str]) -> int:
-  """How many machines the TPU of this one has; 1 if there is no TPU or nobody knows."""
+  """Returns how many machines the TPU of this one has; 1 if there is no TPU or nobody knows."""
   platforms = environ.get("JAX_PLATFORMS", "")
   if (platforms and "tpu" not in platforms) or not importlib.util.find_spec("libtpu"):
     return 1
   if "MEGASCALE_COORDINATOR_ADDRESS" in environ:
-    return 2  # Several slices: at least.
-  hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
-  if hosts:
+    return 2  # Several slices: at least two.
+  if hosts := environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES"):
     return len(hosts.split(","))
-  if "TPU_SKIP_MDS_QUERY" in environ or not glob.glob("/dev/accel*") + glob.glob(
-    "/dev/vfio/[0-9]*"
-  ):
+  chips = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+  if "TPU_SKIP_MDS_QUERY" in environ or not chips:
     return 1
   request = urllib.request.Request(
     METADATA + "worker-network-endpoints", headers={"Metadata-Flavor": "Google"}
@@ -164,16 +161,16 @@ def find(
   process_id: int | None = None,
   workers: Callable[[Mapping[str, str]], int] = tpu_workers,
 ) -> Settings | None:
-  """This process's place among several, None if it is alone.
+  """Returns this process's place among several, None if it is alone.
 
-  Asked in this order: the three flags; Open MPI, MVAPICH, MPICH or Intel MPI (mpirun, ibrun); srun;
-  the TPU. A launcher's coordinator is `coordinator`, else UMD_COORDINATOR, else the first node of
-  the SLURM job with a port that follows from its number.
+  The three flags come first, then MPI (mpirun, ibrun), then srun, then the TPU. A launcher's
+  coordinator is `coordinator`, else UMD_COORDINATOR, else the first node of the SLURM job with a
+  port that follows from its number.
 
   Args:
     environ: environment variables.
     coordinator, num_processes, process_id: the flags, None where they are not given.
-    workers: number of machines of the TPU, looked up last.
+    workers: returns the number of machines of the TPU.
 
   Raises:
     ValueError: flags that do not fit together, or a launcher without a coordinator.
@@ -184,13 +181,15 @@ def find(
   if not launched:
     return Settings("the TPU") if workers(environ) > 1 else None
   name, names = launched
-  rank, size = int(environ[names.rank]), int(environ[names.size])
   by_slurm = names is SLURM
-  nodes = (by_slurm and environ.get("SLURM_STEP_NODELIST")) or environ.get("SLURM_JOB_NODELIST")
+  size = int(environ[names.size])
   coordinator = coordinator or environ.get("UMD_COORDINATOR")
+  nodes = (by_slurm and environ.get("SLURM_STEP_NODELIST")) or environ.get("SLURM_JOB_NODELIST")
   if not coordinator and nodes and "SLURM_JOB_ID" in environ:
-    step = environ.get("SLURM_STEP_ID", "0") if by_slurm else "0"
-    coordinator = f"{first_host(nodes)}:{_port(environ['SLURM_JOB_ID'], step)}"
+    step = int(environ.get("SLURM_STEP_ID", 0)) if by_slurm else 0
+    # Above the ports that Linux gives out by itself, and the same in all processes of a step.
+    port = 61440 + (int(environ["SLURM_JOB_ID"]) + 131 * step) % 4096
+    coordinator = f"{first_host(nodes)}:{port}"
   if not coordinator:
     raise ValueError(
       f"{name} started {size} processes, but nothing says where process 0 is. Set UMD_COORDINATOR "
@@ -198,7 +197,7 @@ def find(
     )
   here = _tasks_on_this_node(environ) if by_slurm else int(environ.get(names.local_size, 1))
   devices = _devices(environ, int(environ.get(names.local_rank, 0)), here)
-  return Settings(name, _check_address(coordinator), size, rank, devices)
+  return Settings(name, _check_address(coordinator), size, int(environ[names.rank]), devices)
 
 
 def start(
@@ -209,13 +208,16 @@ def start(
   *,
   timeout_seconds: int = 300,
   heartbeat_seconds: int = 60,
+  stop_together: bool = False,
 ) -> None:
   """Joins the other processes if there are any; to be called before JAX is used.
 
   Args:
     coordinator, num_processes, process_id, environ: see `find`.
     timeout_seconds: how long to wait for the others.
-    heartbeat_seconds: a process that is silent for so long is dead, and the others are ended.
+    heartbeat_seconds: JAX ends all processes when one has been silent for so long.
+    stop_together: SIGTERM to one process asks all to stop, see `umd.runs.preemption`; otherwise it
+      ends that process at once.
 
   Raises:
     ValueError: see `find`; or the port is taken. If the others do not come, the process ends with
@@ -224,8 +226,7 @@ def start(
   settings = find(environ, coordinator, num_processes, process_id)
   if settings is None:
     return
-  # JAX would take SIGTERM for a notice, and the process would live on.
-  jax.config.update("jax_enable_preemption_service", False)
+  jax.config.update("jax_enable_preemption_service", stop_together)
   place = f"process {settings.process_id} of {settings.num_processes}, as {settings.launcher} said"
 
   def give_up():
@@ -243,11 +244,18 @@ def start(
   watch.daemon = True
   watch.start()
   try:
-    _initialize(settings, timeout_seconds + 60, heartbeat_seconds)
+    jax.distributed.initialize(
+      settings.coordinator,
+      settings.num_processes,
+      settings.process_id,
+      settings.local_device_ids,
+      cluster_detection_method="deactivate" if settings.coordinator else None,
+      initialization_timeout=timeout_seconds + 60,
+      heartbeat_timeout_seconds=heartbeat_seconds,
+    )
   except RuntimeError as error:
-    raise ValueError(
-      f"{place}: cannot start at {settings.coordinator}: {str(error).splitlines()[0]}"
-    ) from error
+    reason = str(error).splitlines()[0]
+    raise ValueError(f"{place}: cannot start at {settings.coordinator}: {reason}") from error
   finally:
     watch.cancel()
   if jax.process_index() == 0:
@@ -255,26 +263,8 @@ def start(
     print(f"{jax.process_count()} processes, {jax.device_count()} devices ({kind})", flush=True)
 
 
-def _initialize(settings: Settings, timeout_seconds: int, heartbeat_seconds: int) -> None:
-  timeouts = {
-    "initialization_timeout": timeout_seconds,
-    "heartbeat_timeout_seconds": heartbeat_seconds,
-  }
-  if settings.coordinator is None:
-    jax.distributed.initialize(**timeouts)
-    return
-  jax.distributed.initialize(
-    settings.coordinator,
-    settings.num_processes,
-    settings.process_id,
-    settings.local_device_ids,
-    cluster_detection_method="deactivate",
-    **timeouts,
-  )
-
-
 def is_main() -> bool:
-  """Whether this is the process that prints and writes logs."""
+  """Returns whether this is the process that prints and writes logs."""
   return jax.process_index() == 0
 
 

@@ -334,20 +334,13 @@ def exists(folder: str) -> bool:
   return any(workdir.exists(workdir.join(folder, name)) for name in files)
 
 
-def _is_alive(folder: str) -> bool:
-  """Returns whether a process holds the run's lock; that of a stage is in the folder above."""
-  top, name = os.path.split(absolute(folder))
-  claims = lock.Own(top if is_stage(folder) else folder, [name]).others()
-  return any(claim.is_held and claim.lives() for claim in claims)
-
-
 def _state(reader: _Reader, config: dict, summary: dict) -> str:
   evaluated = config.get("trainer") == "evaluate" and "evaluations.jsonl" in reader.names("")
   if summary or evaluated:
     return FINISHED
   if not config:
     return NOT_STARTED
-  return RUNNING if reader.attempt("", _is_alive, False) else INTERRUPTED
+  return RUNNING if reader.attempt("", lock.is_held, False) else INTERRUPTED
 
 
 def _headline(config: dict, names) -> list[str]:

@@ -1,35 +1,42 @@
-"""Checkpoints: the train state and where the data stood, written by orbax in the background.
+"""Checkpoints: the train state and the position in the data, written by orbax in the background.
 
-None is ever wrong in silence. A save that was killed is not seen. Whatever became of a finished
-one, its checksums tell: it is reported, and the one before it used.
+A checkpoint becomes visible when it is complete, checksums and all, so a save that was killed is
+never read. A checkpoint whose files no longer match their checksums is reported, and the one before
+it is used.
 """
 
-import dataclasses
-import math
-from collections.abc import Mapping, Sequence
 import contextlib
+import dataclasses
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from umd.runs import integrity
-from umd.runs import integrity
+
 from umd.devices import mesh
-from umd.runs import workdir as folders
+from umd.runs import integrity, workdir
 from umd.runs.progress import during, say
-from umd.state import TrainState
 
-
+FOLDER = "checkpoints"
+WEIGHTS = {"ema": "ema_params", "raw": "params"}
 MODES = {"max": max, "min": min}
+# A save in the background may take so long. Of several processes, one that cannot write is waited
+# for by the others for so long, once or twice.
+TIMEOUT_SECONDS = 1200
+REMEDY = (
+  "Make room on the disk (a save needs as much as one checkpoint holds), or see that the bucket "
+  "can be written."
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-  """The newest `keep`, every `keep_every`-th step, and the best by a metric.
+  """Which checkpoints are kept: the newest, every so many steps, and the best by a metric.
 
   Attributes:
     keep: how many of the newest, at least 1; with 2 there is one to fall back on.
@@ -56,54 +63,55 @@ class Retention:
 
   @property
   def metric(self) -> str:
-    """Name of the metric that decides which one is best, "" for none."""
+    """The name of the metric that decides which one is best, "" for none."""
     return self.best.partition(":")[2]
 
   def best_step(self, steps: Sequence[int], metrics: Mapping[int, Mapping]) -> int | None:
-    """The best of `steps`, the newest of equals; None where no metric is known and finite.
+    """Returns the best of `steps`, the newest of equals; None where no metric is finite.
 
     Args:
       steps: of the checkpoints that there are.
-      metrics: {step: {name: value}}, of those where some were measured.
+      metrics: {step: {name: value}} of those where some were measured.
     """
-    known = {s: metrics.get(s, {}).get(self.metric, math.nan) for s in steps}
-    finite = sorted((s for s in known if math.isfinite(known[s])), reverse=True)
+    values = {step: metrics.get(step, {}).get(self.metric, math.nan) for step in steps}
+    finite = sorted((step for step in steps if math.isfinite(values[step])), reverse=True)
     if not self.best or not finite:
       return None
-    return MODES[self.best.partition(":")[0]](finite, key=known.get)
+    return MODES[self.best.partition(":")[0]](finite, key=values.get)
 
   def kept(self, steps: Sequence[int], metrics: Mapping[int, Mapping]) -> set[int]:
-    """The steps to keep; arguments as in `best_step`."""
+    """Returns the steps to keep; arguments as in `best_step`."""
     newest = sorted(steps)[-self.keep :]
-    regular = [s for s in steps if self.keep_every and s % self.keep_every == 0]
+    regular = [step for step in steps if self.keep_every and step % self.keep_every == 0]
     return {*newest, *regular, self.best_step(steps, metrics)} - {None}
 
-FOLDER = "checkpoints"
-WEIGHTS = {"ema": "ema_params", "raw": "params"}
-# In the background, for a whole save. Of several processes, one that cannot write is missed by the
-# others for so long, once or twice.
-TIMEOUT_SECONDS = 1200
-REMEDY = (
-  "Make room on the disk (a save needs as much as one checkpoint holds), or see that the bucket "
-  "can be written."
-)
+
+class Restored(NamedTuple):
+  """A state that was read back.
+
+  Attributes:
+    state: as it was saved, with the shardings asked for.
+    data: the position in the data saved with it.
+    step: its step.
+    reports: what to say about damaged checkpoints, one line each; on process 0.
+  """
+
+  state: Any
+  data: dict
+  step: int
+  reports: list[str]
 
 
-def _folder(workdir: str) -> str:
-  """Where the checkpoints are; orbax takes gs:// and absolute paths."""
-  return os.path.join(workdir if folders.scheme(workdir) else os.path.abspath(workdir), FOLDER)
-
-
-def _first_line(error: BaseException) -> str:
-  return (str(error).splitlines() or [""])[0] or repr(error)
+def folder_of(run: str) -> str:
+  """Returns where the checkpoints of a run are; orbax takes addresses and absolute paths."""
+  return os.path.join(run if workdir.scheme(run) else os.path.abspath(run), FOLDER)
 
 
 class Checkpoints:
-  """The checkpoints of one run, newest last.
+  """The checkpoints of one run.
 
-  A checkpoint becomes visible when it is complete, checksums and all: a killed save leaves a
-  temporary folder that is never read. As a context, leaving it is `close()`; where an error is on
-  its way already, a failed save is told and does not hide it.
+  As a context manager it closes itself. Where an error ends the context, a failed save is reported
+  and does not hide that error.
   """
 
   def __init__(
@@ -119,21 +127,24 @@ class Checkpoints:
 
     Args:
       workdir: of the run.
-      keep, keep_every, best: which are kept, see `umd.runs.checkpoint.Retention`.
-      say: tells a line on process 0.
+      keep, keep_every, best: which are kept, see `Retention`.
+      say: prints a line on process 0.
     """
-    self._retention, self._say = Retention(keep, keep_every, best), say
-    self._folder = _folder(workdir)
-    self._saving: int | None = None  # Step of the save under way.
-    self._failed: tuple[int, BaseException | None] | None = None  # The newest, if it failed.
+    self._retention = Retention(keep, keep_every, best)
+    self._say = say
+    self._folder = folder_of(workdir)
+    self._saving: int | None = None  # The step of the save under way.
+    self._failed: tuple[int, BaseException | None] | None = None  # The newest save, if it failed.
     integrity.remove_temporary(self._folder)
     self._open()
-    root, earlier = epath.Path(self._folder), self._manager.all_steps() if best else ()
+    earlier = self._manager.all_steps() if best else ()
+    root = epath.Path(self._folder)
     self._metrics = {step: integrity.read_metrics(root / str(step)) for step in earlier}
 
   def _open(self) -> None:
     options = ocp.CheckpointManagerOptions(
-      # Of damaged checkpoints, not even the metadata can be read.
+      # The metadata of a damaged checkpoint may be unreadable, and must not keep a run from opening.
+      # Orbax's own policy for the best checkpoint needs it, so `should_preserve` is ours.
       lightweight_initialize=True,
       preservation_policy=self,
       async_options=ocp.options.AsyncOptions(
@@ -143,13 +154,13 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(self._folder, options=options)
 
   def should_preserve(self, checkpoints, *, context) -> list[bool]:
-    """Orbax asks which of its checkpoints to keep."""
-    steps = [one.step for one in checkpoints]
+    """Answers orbax, which asks which of its checkpoints to keep."""
+    steps = [checkpoint.step for checkpoint in checkpoints]
     kept = self._retention.kept(steps, self._metrics)
     return [step in kept for step in steps]
 
   def _before_commit(self) -> None:
-    """On process 0, in the background: all is written, and nothing visible yet."""
+    """Adds the checksums; orbax calls it on process 0 when all is written and nothing visible."""
     for path in ocp.path.step.all_temporary_paths(self._folder):
       if path.get_final().name == str(self._saving):
         integrity.write(path.get(), self._metrics[self._saving])
@@ -157,32 +168,36 @@ class Checkpoints:
     raise OSError(f"the temporary folder of step {self._saving} in {self._folder} is gone")
 
   def latest(self) -> int | None:
-    """Step of the newest complete checkpoint, None if there is none; it may be damaged."""
+    """Returns the step of the newest complete checkpoint, None if there is none.
+
+    That checkpoint may be damaged.
+    """
     return self._manager.latest_step()
 
   def save(
-    self, state: TrainState, step: int, data: dict, metrics: dict[str, float] | None = None
+    self, state: Any, step: int, data: dict, metrics: dict[str, float] | None = None
   ) -> None:
     """Saves in the background; returns when the arrays are copied off the devices.
 
-    A save that fails is told, now if it fails at once, otherwise at the next one or at the end; the
-    earlier checkpoints are as they were. What is saved already is not saved again.
+    A save that fails is reported, now if it fails at once, otherwise at the next one or at the end;
+    the earlier checkpoints are not touched. A step that is saved already is not saved again.
 
     Args:
-      state: what to save.
+      state: any pytree of arrays; `load_params` needs fields `params` and `ema_params`.
       step: its step.
-      data: JSON-able description of the data stream's position.
-      metrics: of this very step; one without the metric of `best` is never the best.
+      data: a JSON-able description of the position in the data.
+      metrics: of this very step; a checkpoint without the metric of `best` is never the best.
     """
     self.wait()
     if step in self._manager.all_steps():
       return
-    metrics, name = {k: float(v) for k, v in (metrics or {}).items()}, self._retention.metric
-    if name and jax.process_count() > 1:  # All must keep the same.
-      metrics[name] = integrity.from_main(metrics.get(name, math.nan))
-    metrics = {k: v for k, v in metrics.items() if math.isfinite(v)}
+    values = {name: float(value) for name, value in (metrics or {}).items()}
+    if (name := self._retention.metric) and jax.process_count() > 1:
+      # All processes must keep the same checkpoints.
+      values[name] = integrity.from_main(values.get(name, math.nan))
+    self._metrics[step] = {name: x for name, x in values.items() if math.isfinite(x)}
+    self._saving = step
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
-    self._saving, self._metrics[step] = step, metrics
     try:
       self._manager.save(step, args=items, force=True)
     except Exception as error:
@@ -191,7 +206,7 @@ class Checkpoints:
       self._give_up(error)
 
   def wait(self) -> bool:
-    """Waits for the save under way; whether the newest one is safe, the same in all processes.
+    """Waits for the save under way; returns whether the newest one is safe, in all processes.
 
     Of several processes, those that could write wait for one that could not for at most twice
     `TIMEOUT_SECONDS` from the beginning of the save.
@@ -202,22 +217,26 @@ class Checkpoints:
     try:
       with during(f"finishing the checkpoint of step {self._saving}", self._say):
         self._manager.wait_until_finished()
-    except Exception as error:  # A thread of orbax met it: of the disk, the bucket, a peer.
+    except Exception as error:  # A thread of orbax met it: of the disk, the bucket, a process.
       problem = error
     if mesh.all_agree(problem is None):
-      self._saving = self._failed = None
+      self._saving = None
+      self._failed = None
     else:
       self._give_up(problem)
     return self._failed is None
 
   def _give_up(self, error: BaseException | None) -> None:
-    """After a failed save: tells it, makes room, and lists anew what there is."""
-    self._failed, self._saving = (self._saving, error), None
-    process, step = jax.process_index(), self._failed[0]
-    reason = _first_line(error) if error else "another process failed, see its message"
-    if process and error:
+    """Reports a failed save, removes what it wrote, and opens the folder again."""
+    step = self._saving
+    self._failed = (step, error)
+    self._saving = None
+    reason = "another process failed, see its message"
+    if error:
+      reason = (str(error).splitlines() or [repr(error)])[0]
+    if process := jax.process_index():
       print(f"process {process}: step {step} not saved: {reason}", file=sys.stderr, flush=True)
-    with contextlib.suppress(Exception):  # It was told already.
+    with contextlib.suppress(Exception):  # It raises the error that was reported already.
       self._manager.close()
     integrity.remove_temporary(self._folder)
     self._open()
@@ -226,8 +245,8 @@ class Checkpoints:
       f"newest checkpoint is of step {self.latest()}; the next save tries again. {REMEDY}"
     )
 
-  def restore(self, like: TrainState, step: int) -> tuple[TrainState, dict]:
-    """(state, data position) saved at `step`, with the shapes and shardings of `like`."""
+  def restore(self, like: Any, step: int) -> tuple[Any, dict]:
+    """Returns (state, position in the data) of a step, with the shapes and shardings of `like`."""
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     items = ocp.args.Composite(
       state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
@@ -235,27 +254,29 @@ class Checkpoints:
     restored = self._manager.restore(step, args=items)
     return restored["state"], restored["data"]
 
-  def restore_newest(self, like: TrainState) -> integrity.Restored | None:
-    """The newest checkpoint that is as it was written; None if nothing was ever saved.
+  def restore_newest(self, like: Any) -> Restored | None:
+    """Returns the newest checkpoint that is as it was written; None if nothing was ever saved.
 
-    Newer ones that are damaged are moved to checkpoints/damaged_<step>, for the run to save those
-    steps again.
+    Newer ones that are damaged are moved to checkpoints/damaged_<step>, so that the run can save
+    those steps again.
 
     Raises:
-      ValueError: there are checkpoints, and all of them are damaged; they are left where they are.
+      ValueError: there are checkpoints, and all of them are damaged; they stay where they are.
     """
     with during("verifying the newest checkpoint", self._say):
-      found = integrity.find_newest(self._folder)
-    if found.step is None:
+      newest = integrity.find_newest(self._folder)
+    if newest.step is None:
       return None
-    reports = [f"checkpoint {found.step} {found.note}"] if found.note else []
-    for step, text in found.damaged.items():
+    reports = []
+    for step, problem in newest.damaged.items():
       aside = integrity.move_aside(self._folder, step)
-      reports.append(f"checkpoint {step} is damaged: {text}; moved to {aside}, using an older one")
+      reports.append(
+        f"checkpoint {step} is damaged: {problem}; moved to {aside}, using an older one"
+      )
     self._manager.close()
-    self._open()  # Also a barrier: all see the same checkpoints.
-    with during(f"reading the checkpoint of step {found.step}", self._say):
-      return integrity.Restored(*self.restore(like, found.step), found.step, reports)
+    self._open()  # Also a barrier: all processes list the same checkpoints.
+    with during(f"reading the checkpoint of step {newest.step}", self._say):
+      return Restored(*self.restore(like, newest.step), newest.step, reports)
 
   def close(self) -> None:
     """Waits for the save under way.
@@ -270,8 +291,7 @@ class Checkpoints:
       self._failed = None
       raise OSError(
         f"The last checkpoint, of step {step}, was not saved; the newest is of step "
-        f"{self.latest()}. "
-        f"{REMEDY} Then give the same command again."
+        f"{self.latest()}. {REMEDY} Then give the same command again."
       ) from error
 
   def __enter__(self) -> "Checkpoints":
@@ -286,55 +306,67 @@ class Checkpoints:
       self._say(f"WARNING: {failed}")
 
 
-def _newest(workdir: str, quick: bool) -> tuple[epath.Path, int]:
-  """(folder of the state, step) of a run's newest good checkpoint; writes nothing."""
-  folder = _folder(workdir)
-  found = integrity.find_newest(folder, quick)
-  if found.step is None:
+def _newest_state(run: str, quick: bool) -> tuple[epath.Path, int]:
+  """Returns (folder of the state, step) of a run's newest good checkpoint; writes nothing."""
+  folder = folder_of(run)
+  newest = integrity.find_newest(folder, quick)
+  if newest.step is None:
     raise FileNotFoundError(
-      f"init_from={workdir!r}: no checkpoint in {folder}. Train that run first, or give the "
-      "workdir of one that was trained."
+      f"init_from={run!r}: no checkpoint in {folder}. Train that run first, or give the workdir of "
+      "one that was trained."
     )
-  for step, text in found.damaged.items():
-    say(f"{folder}: checkpoint {step} is damaged: {text}; using {found.step}")
-  if found.note:
-    say(f"{folder}: checkpoint {found.step} {found.note}")
-  return epath.Path(folder) / str(found.step) / "state", found.step
+  for step, problem in newest.damaged.items():
+    say(f"{folder}: checkpoint {step} is damaged: {problem}; using {newest.step}")
+  return epath.Path(folder) / str(newest.step) / "state", newest.step
 
 
-def _tree(path: epath.Path) -> dict:
-  """What a checkpoint says that it holds; TensorStore refuses names that lead out of its folder."""
-  about = ocp.PyTreeCheckpointHandler().metadata(path)
-  if about is None or not about.tree:
-    raise ValueError(f"{path} holds no train state that can be read. Remove it, or bring it back.")
-  return about.tree
-
-
-def _field(weights: str) -> str:
-  if weights not in WEIGHTS:
-    raise ValueError(f"init_weights={weights!r} is not one of {list(WEIGHTS)}.")
-  return WEIGHTS[weights]
+def _fields(path: epath.Path) -> dict:
+  """Returns the tree of shapes of a saved state."""
+  metadata = ocp.PyTreeCheckpointHandler().metadata(path)
+  if metadata is None or not metadata.tree:
+    raise ValueError(f"{path} holds no train state that can be read. Remove it, or restore it.")
+  return metadata.tree
 
 
 def param_shapes(workdir: str) -> dict:
-  """The parameters of a run's newest checkpoint as a tree of things with a `shape`; reads no array.
+  """Returns the parameters of a run's newest checkpoint as a tree of things with a `shape`.
 
-  Only the small files are verified, unless they do not suffice.
+  It reads no array and verifies the small files alone, unless they do not suffice.
 
   Raises:
     FileNotFoundError: there is no complete checkpoint.
     ValueError: all are damaged.
   """
   try:
-    return _tree(_newest(workdir, quick=True)[0])[WEIGHTS["raw"]]
+    return _fields(_newest_state(workdir, quick=True)[0])[WEIGHTS["raw"]]
   except ValueError:  # Shapes are in small files, and now and then in a large one.
-    return _tree(_newest(workdir, quick=False)[0])[WEIGHTS["raw"]]
+    return _fields(_newest_state(workdir, quick=False)[0])[WEIGHTS["raw"]]
+
+
+def read_field(path: epath.Path, field: str) -> dict:
+  """Returns one field of a saved state, e.g. "ema_params", as numpy arrays.
+
+  Args:
+    path: the folder "state" of a checkpoint.
+    field: its name.
+
+  Raises:
+    ValueError: there is no such field.
+  """
+  fields = _fields(path)
+  if field not in fields:
+    raise ValueError(f"{path} holds no {field} that can be read. Name another step.")
+  wanted = {field: fields[field]}
+  as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+  arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    return checkpointer.restore(path, args=arguments)[field]
 
 
 def load_params(workdir: str, weights: str = "ema") -> tuple[dict, int]:
-  """Parameters of another run's newest checkpoint as numpy arrays, and its step.
+  """Returns the parameters of another run's newest checkpoint as numpy arrays, and its step.
 
-  Damaged checkpoints are told and passed over; nothing is written to the run's folder.
+  Damaged checkpoints are reported and passed over; nothing is written to the run's folder.
 
   Args:
     workdir: the run's folder.
@@ -344,11 +376,9 @@ def load_params(workdir: str, weights: str = "ema") -> tuple[dict, int]:
     FileNotFoundError: there is no complete checkpoint.
     ValueError: `weights` is neither, or all checkpoints are damaged.
   """
-  field = _field(weights)
+  if weights not in WEIGHTS:
+    raise ValueError(f"init_weights={weights!r} is not one of {list(WEIGHTS)}.")
   with during(f"verifying the newest checkpoint of {workdir}"):
-    path, step = _newest(workdir, quick=False)
-  with during(f"reading {path}"), ocp.PyTreeCheckpointer() as checkpointer:
-    wanted = {field: _tree(path)[field]}
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-    state = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
-    return checkpointer.restore(path, args=state)[field], step
+    path, step = _newest_state(workdir, quick=False)
+  with during(f"reading {path}"):
+    return read_field(path, WEIGHTS[weights]), step

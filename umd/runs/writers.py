@@ -1,6 +1,7 @@
 """Where numbers and pictures go: JSON lines, PNG files, TensorBoard and Weights & Biases."""
 
 import dataclasses
+import io
 import json
 import os
 import secrets
@@ -13,7 +14,6 @@ import numpy as np
 from jaxtyping import UInt8
 
 from umd.runs import workdir as folder
-from umd.data.host import tensorflow
 
 REWRITE_SECONDS = 60.0  # Object stores cannot append: metrics.jsonl is rewritten so often there.
 
@@ -26,12 +26,12 @@ class Images:
 
 
 def numbers(values: dict) -> dict[str, float]:
-  """The numbers among values of all types."""
+  """Returns the numbers among values of all types."""
   return {k: float(v) for k, v in values.items() if not isinstance(v, (str, Images))}
 
 
 def to_grid(images: np.ndarray, columns: int, scale: int = 1, gap: int = 1) -> Images:
-  """Tiles [n, H, W, C] in [-1, 1] into rows of `columns`, each pixel drawn `scale` x `scale`.
+  """Tiles images [n, H, W, C] in [-1, 1] into rows of `columns`, each pixel drawn `scale` x `scale`.
 
   Pixels are rounded to the nearest of 256 levels; gaps are mid-grey.
   """
@@ -48,7 +48,7 @@ def to_grid(images: np.ndarray, columns: int, scale: int = 1, gap: int = 1) -> I
 
 
 def read_jsonl(path: str) -> list[dict]:
-  """The records of a JSON-lines file; a torn last line (a killed writer's) is left out."""
+  """Returns the records of a JSON-lines file, without a last line that a killed writer left torn."""
   records = []
   for line in (folder.read_bytes(path) or b"").splitlines():
     try:
@@ -58,15 +58,32 @@ def read_jsonl(path: str) -> list[dict]:
   return records
 
 
-class JsonLines:
-  """`metrics.jsonl`: one record per call, {"step": n, name: value, ...}.
+class Sink:
+  """A place where values go. A sink overrides what it has a use for."""
 
-  In a folder of this machine a record is there at once; elsewhere within a minute, or at `flush`.
+  def values(self, step: int, values: dict[str, float | str]) -> None:
+    """Takes the numbers and words of a step."""
+
+  def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+    """Takes a picture, uint8 [H, W, 1 or 3]."""
+
+  def flush(self) -> None:
+    """Returns when everything written is safe on disk, as far as the sink can tell."""
+
+  def close(self) -> None:
+    """Ends the writing."""
+
+
+class JsonLines(Sink):
+  """Writes `metrics.jsonl`: one record per call, {"step": n, name: value, ...}.
+
+  In a folder of this machine a record is there at once; at an address within a minute, or at
+  `flush`.
   """
 
   def __init__(self, workdir: str, start_step: int):
-    """Drops records after `start_step`: a resumed run writes them again."""
-    self._path = os.path.join(workdir, "metrics.jsonl")
+    """Drops the records after `start_step`, which a resumed run writes again."""
+    self._path = folder.join(workdir, "metrics.jsonl")
     self.earlier = [r for r in read_jsonl(self._path) if r["step"] <= start_step]
     self._lines = [json.dumps(r) + "\n" for r in self.earlier]
     self._rewrite()
@@ -76,7 +93,8 @@ class JsonLines:
 
   def _rewrite(self) -> None:
     folder.write_bytes(self._path, "".join(self._lines).encode())
-    self._written, self._time = len(self._lines), time.monotonic()
+    self._written = len(self._lines)
+    self._time = time.monotonic()
 
   def values(self, step: int, values: dict[str, float | str]) -> None:
     line = json.dumps({"step": step, **values}) + "\n"
@@ -87,9 +105,6 @@ class JsonLines:
     self._lines.append(line)
     if time.monotonic() - self._time >= REWRITE_SECONDS:
       self._rewrite()
-
-  def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-    pass
 
   def flush(self) -> None:
     if self._file:
@@ -104,34 +119,27 @@ class JsonLines:
       self.flush()
 
 
-class PngFolder:
-  """`images/<name>_<step>.png`."""
+class PngFolder(Sink):
+  """Writes `images/<name>_<step>.png`."""
 
   def __init__(self, workdir: str):
-    self._folder = os.path.join(workdir, "images")
-
-  def values(self, step: int, values: dict[str, float | str]) -> None:
-    pass
+    self._folder = folder.join(workdir, "images")
 
   def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-    tf = tensorflow()
-    path = os.path.join(self._folder, f"{name}_{step:08d}.png")
-    folder.write_bytes(path, tf.io.encode_png(pixels).numpy())
+    from PIL import Image
 
-  def flush(self) -> None:
-    pass
-
-  def close(self) -> None:
-    pass
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "png")
+    folder.write_bytes(folder.join(self._folder, f"{name}_{step:08d}.png"), buffer.getvalue())
 
 
-class TensorBoard:
-  """Event files in `tensorboard/`, written by clu on a thread of its own."""
+class TensorBoard(Sink):
+  """Writes event files in `tensorboard/`, by clu on a thread of its own."""
 
   def __init__(self, workdir: str):
     from clu import metric_writers
 
-    logdir = os.path.join(workdir, "tensorboard")
+    logdir = folder.join(workdir, "tensorboard")
     self._writer = metric_writers.AsyncMultiWriter([metric_writers.SummaryWriter(logdir)])
 
   def values(self, step: int, values: dict[str, float | str]) -> None:
@@ -151,8 +159,8 @@ class TensorBoard:
     self._writer.close()
 
 
-class Wandb:
-  """Weights & Biases. Whatever goes wrong there is a warning, never the end of a run."""
+class Wandb(Sink):
+  """Logs to Weights & Biases. Whatever goes wrong there is a warning, never the end of a run."""
 
   def __init__(self, workdir: str, config: dict, key: str | None, **settings):
     """Starts the run, or continues the one that `wandb_id` in the workdir names.
@@ -170,7 +178,7 @@ class Wandb:
 
     if key and settings["mode"] == "online":
       wandb.login(key=key)
-    id_file = os.path.join(workdir, "wandb_id")
+    id_file = folder.join(workdir, "wandb_id")
     if not folder.read_bytes(id_file):
       folder.write_bytes(id_file, secrets.token_hex(4).encode())
     run_id = folder.read_bytes(id_file).decode()
@@ -198,9 +206,6 @@ class Wandb:
     if self._run:
       self._attempt(self._log_image, step, name, pixels)
 
-  def flush(self) -> None:
-    pass
-
   def close(self) -> None:
     if self._run:
       self._attempt(self._run.finish)
@@ -209,10 +214,11 @@ class Wandb:
 class Writer:
   """Sends every value to every sink by its type: numbers and words as values, `Images` as pictures.
 
-  `latest` holds the newest value of every number.
+  Attributes:
+    latest: the newest value of every number.
   """
 
-  def __init__(self, sinks: list, earlier: Sequence[dict] = ()):
+  def __init__(self, sinks: list[Sink], earlier: Sequence[dict] = ()):
     """Writes to `sinks`; `earlier` are the records of the run before this start."""
     self._sinks = sinks
     self.latest = {}
@@ -242,7 +248,7 @@ class Writer:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """What a step asks of each device.
+  """The arithmetic that a step asks of each device.
 
   Attributes:
     flops: floating-point operations of a step on one device, 0 if they are not counted.
@@ -254,11 +260,15 @@ class Work:
 
 
 class Progress:
-  """Speed and remaining time of a loop of `steps` steps; pauses do not count."""
+  """Measures the speed and the remaining time of a loop of `steps` steps; pauses do not count."""
 
   def __init__(self, steps: int, start_step: int, batch_size: int, work: Work = Work()):
-    self._steps, self._batch_size, self._work = steps, batch_size, work
-    self._seconds, self._done, self._compiled = 0.0, 0, False
+    self._steps = steps
+    self._batch_size = batch_size
+    self._work = work
+    self._seconds = 0.0
+    self._done = 0
+    self._compiled = False
     self.resume(start_step)
 
   def resume(self, step: int) -> None:
@@ -266,10 +276,10 @@ class Progress:
     self._step, self._time = step, time.perf_counter()
 
   def tick(self, step: int) -> dict[str, float]:
-    """{images_per_second, eta_seconds} at `step`, over the time since the last call.
+    """Returns {images_per_second, eta_seconds} at `step`, over the time since the last call.
 
-    Where work is counted also {teraflops_per_second} of a device, and where its peak is known
-    {mfu}, the share of it.
+    Where the work of a step is known, {teraflops_per_second} of a device is added, and where the
+    peak of the device is known, {mfu}, the share of it (model FLOPs utilisation).
     """
     now = time.perf_counter()
     seconds, done = now - self._time, step - self._step

@@ -168,10 +168,9 @@ class Run:
         f"step={step}: {self.folder!r} has no such checkpoint; it has {shown}."
       )
     path = epath.Path(checkpoints(self.folder)) / str(step)
-    verdict = integrity.verify(path)
-    if not verdict.good:
+    if problem := integrity.verify(path):
       raise ValueError(
-        f"step={step}: that checkpoint of {self.folder!r} is damaged: {verdict.text}. Name "
+        f"step={step}: that checkpoint of {self.folder!r} is damaged: {problem}. Name "
         f"another: {shown}."
       )
     return _read_field(path / "state", checkpoint.WEIGHTS[which]), which, step

@@ -4,7 +4,6 @@ import hashlib
 import http.client
 import os
 import secrets
-import threading
 import time
 import urllib.parse
 import urllib.request
@@ -15,10 +14,19 @@ from typing import NamedTuple
 from umd.runs.progress import Tell, say
 
 SCHEME = "hf:"
+TIMEOUT = 10.0  # Seconds without a byte before a connection counts as dead.
+PROGRESS_EVERY = 2.0  # Seconds.
+CHUNK = 1 << 17  # Bytes.
 
 
 class Place(NamedTuple):
-  """A folder of a repository: "ORG/REPO", "" or "SUB/FOLDER", "" or a branch, tag or commit."""
+  """A folder of a repository of the Hugging Face hub.
+
+  Attributes:
+    repo: "ORG/REPO".
+    subfolder: "SUB/FOLDER", or "".
+    revision: a branch, tag or commit, or "".
+  """
 
   repo: str
   subfolder: str
@@ -40,18 +48,17 @@ def parse(address: str) -> Place:
 
 
 def fetch(address: str, files: Sequence[str]) -> str:
-  """The folder of this machine that holds these files of a folder of the hub.
+  """Returns the folder of this machine that holds these files of a folder of the hub.
 
-  What the cache holds is taken without a word to the hub, so that machines without a network run
-  as others do; what it lacks is downloaded.
+  What the cache holds is taken without asking the hub, so that machines without a network run as
+  others do; what it lacks is downloaded.
 
   Args:
     address: "hf:ORG/REPO[/SUBFOLDER][@REVISION]".
     files: names within that folder; all come from one revision.
 
   Raises:
-    FileNotFoundError: the hub cannot be reached (known within `OPENING` seconds), refuses, or has
-      no such files.
+    FileNotFoundError: the hub cannot be reached, refuses, or has no such files.
     ValueError: the address is malformed.
   """
   import huggingface_hub
@@ -59,58 +66,35 @@ def fetch(address: str, files: Sequence[str]) -> str:
 
   place = parse(address)
   where = {"subfolder": place.subfolder or None, "revision": place.revision or None}
-  get = lambda file, **how: huggingface_hub.hf_hub_download(place.repo, file, **where, **how)
+  get = lambda file, **options: huggingface_hub.hf_hub_download(
+    place.repo, file, **where, **options
+  )
   try:
-    return _folder(address, [get(file, local_files_only=True) for file in files])
+    return _common_folder(address, [get(file, local_files_only=True) for file in files])
   except LocalEntryNotFoundError:
     pass
   except HFValidationError as error:
     raise ValueError(f"{address!r} is no address on the hub: {error}") from None
   try:
-    # Once, and not as long as the library would try.
+    # This asks once, where the download itself would try again for a long time.
     url = huggingface_hub.hf_hub_url(place.repo, files[0], **where)
-    _within(OPENING, lambda: huggingface_hub.get_hf_file_metadata(url, timeout=TIMEOUT))
+    huggingface_hub.get_hf_file_metadata(url, timeout=TIMEOUT)
     say(f"Downloading {address} to {huggingface_hub.constants.HF_HUB_CACHE}")
     paths = [get(file) for file in files]
   except Exception as error:  # Of the hub, the network, the disk: the library has many.
     raise FileNotFoundError(_explain(address, place, files, error)) from error
-  return _folder(address, paths)
+  return _common_folder(address, paths)
 
 
-def _folder(address: str, paths: list[str]) -> str:
+def _common_folder(address: str, paths: list[str]) -> str:
   folders = {os.path.dirname(path) for path in paths}
   if len(folders) > 1:
     raise FileNotFoundError(f"{address} changed while it was read: run this again.")
   return folders.pop()
 
 
-def _within(seconds: float, function) -> None:
-  """Calls a function; in a thread, for the system's resolver of names knows no timeout.
-
-  Raises:
-    TimeoutError: it takes longer.
-    Exception: what it raises.
-  """
-  outcome = []
-
-  def attempt():
-    try:
-      function()
-      outcome.append(None)
-    except Exception as error:  # Raised below, in the thread that asked.
-      outcome.append(error)
-
-  thread = threading.Thread(target=attempt, daemon=True)
-  thread.start()
-  thread.join(seconds)
-  if not outcome:
-    raise TimeoutError(f"no answer within {seconds:.0f} seconds")
-  if outcome[0] is not None:
-    raise outcome[0]
-
-
 def _explain(address: str, place: Place, files: Sequence[str], error: Exception) -> str:
-  """What went wrong, and what to do about it."""
+  """Returns what went wrong, and what to do about it."""
   from huggingface_hub import constants, errors
 
   page = f"{constants.ENDPOINT}/{place.repo}"
@@ -137,12 +121,6 @@ def _explain(address: str, place: Place, files: Sequence[str], error: Exception)
     f"does not hold it. Put a folder with {needed} on this machine and give its path; or run this "
     "once where the hub can be reached; or set HF_HOME to a folder whose cache holds it."
   )
-
-
-TIMEOUT = 10.0  # Seconds without a byte before a connection counts as dead.
-OPENING = 20.0  # Seconds for names, connections, redirects and headers together.
-PROGRESS_EVERY = 2.0  # Seconds.
-CHUNK = 1 << 17  # Bytes.
 
 
 @dataclass(frozen=True)
@@ -174,7 +152,7 @@ INCEPTION = Remote(
 
 
 def folder() -> str:
-  """The folder of downloaded weights: $UMD_CACHE if set, else ~/.cache/umd.
+  """Returns the folder of downloaded weights: $UMD_CACHE if set, else ~/.cache/umd.
 
   Raises:
     ValueError: $UMD_CACHE is an address, such as gs://bucket, and no folder of this machine.
@@ -186,7 +164,7 @@ def folder() -> str:
 
 
 def find(remote: Remote, path: str = "", *, progress: Tell = say) -> str:
-  """The path of a local copy whose contents are as published.
+  """Returns the path of a local copy whose contents are as published.
 
   That is `path` if given, else the file in `folder()`, downloaded to there if it is missing or
   damaged. A file appears there whole or not at all; any number of processes may do this at once.
@@ -194,7 +172,7 @@ def find(remote: Remote, path: str = "", *, progress: Tell = say) -> str:
   Args:
     remote: what to find.
     path: a local copy to be used instead of the cache.
-    progress: is told what happens, and every few seconds how far a download is.
+    progress: prints what happens, and every few seconds how far a download is.
 
   Raises:
     FileNotFoundError: `path` does not exist, or the file could not be downloaded or stored.
@@ -213,7 +191,8 @@ def find(remote: Remote, path: str = "", *, progress: Tell = say) -> str:
         f"no path and it is taken from {folder()} or downloaded."
       )
     return path
-  target, damaged = os.path.join(folder(), remote.name), ""
+  target = os.path.join(folder(), remote.name)
+  damaged = ""
   if os.path.isfile(target):
     if not (wrong := _difference(target, remote)):
       return target
@@ -221,27 +200,22 @@ def find(remote: Remote, path: str = "", *, progress: Tell = say) -> str:
     progress(f"{damaged}Downloading it again.")
   try:
     _download(remote, target, progress)
-  except (OSError, http.client.HTTPException) as error:  # Of the network or of the disk.
-    kind, reason = FileNotFoundError, f"{type(error).__name__}: {error}"
-  except ValueError as error:
-    kind, reason = ValueError, str(error)
-  else:
-    return target
-  raise kind(
-    f"{damaged}Cannot download {remote.url} to {target} ({reason}). Put the file there by hand, "
-    "or set UMD_CACHE to a folder that holds it, or give its path."
-  )
+  except (OSError, http.client.HTTPException, ValueError) as error:
+    kind = ValueError if isinstance(error, ValueError) else FileNotFoundError
+    raise kind(
+      f"{damaged}Cannot download {remote.url} to {target} ({type(error).__name__}: {error}). Put "
+      "the file there by hand, or set UMD_CACHE to a folder that holds it, or give its path."
+    ) from error
+  return target
 
 
 def _difference(path: str, remote: Remote) -> str:
-  """What distinguishes a file from the published one, "" if nothing does."""
+  """Returns what distinguishes a file from the published one, "" if nothing does."""
   with open(path, "rb") as file:
     digest = hashlib.file_digest(file, "sha256").hexdigest()
+  if digest == remote.sha256:
+    return ""
   size = os.path.getsize(path)
-  return "" if digest == remote.sha256 else _mismatch(digest, size, remote)
-
-
-def _mismatch(digest: str, size: int, remote: Remote) -> str:
   return f"has SHA-256 {digest} ({size} bytes), expected {remote.sha256} ({remote.size} bytes)"
 
 
@@ -255,71 +229,38 @@ def _download(remote: Remote, target: str, progress: Tell) -> None:
   if urllib.parse.urlsplit(remote.url).scheme not in ("http", "https"):
     raise ValueError("the address must begin with http:// or https://")
   os.makedirs(os.path.dirname(target), exist_ok=True)
+  opener = urllib.request.build_opener()  # With the proxies of the environment.
   partial = f"{target}.{secrets.token_hex(6)}.part"
   try:
-    # Before the network: a folder that cannot be written costs no time.
-    with open(partial, "xb") as file, _open(remote.url) as response:
+    # The file is opened first: a folder that cannot be written costs no time.
+    with open(partial, "xb") as file, opener.open(remote.url, timeout=TIMEOUT) as reply:
       progress(f"Downloading {remote.url} to {target} ({remote.size / 1e6:.1f} MB)")
-      digest, size = _copy(response, file, remote, progress)
+      size = _copy(reply, file, remote, progress)
     if size < remote.size:
       raise ConnectionError(f"the transfer ended after {size} of {remote.size} bytes")
-    if digest != remote.sha256:
-      raise ValueError(f"what the address serves {_mismatch(digest, size, remote)}")
+    if wrong := _difference(partial, remote):
+      raise ValueError(f"what the address serves {wrong}")
     os.replace(partial, target)
   finally:
     if os.path.exists(partial):
       os.remove(partial)
 
 
-def _copy(response, file, remote: Remote, progress: Tell) -> tuple[str, int]:
-  """(SHA-256, number of bytes) of a response that is written to a file."""
-  offered = response.headers.get("Content-Length")
-  if offered is not None and offered != str(remote.size):
-    raise ValueError(f"the address serves {offered} bytes, expected {remote.size}")
-  digest, size, start = hashlib.sha256(), 0, time.monotonic()
-  reported = start
-  while chunk := response.read(CHUNK):
-    digest.update(chunk)
+def _copy(reply, file, remote: Remote, progress: Tell) -> int:
+  """Writes a response to a file; returns its number of bytes, which is never above the expected."""
+  size = 0
+  start = reported = time.monotonic()
+  while chunk := reply.read(CHUNK):
     file.write(chunk)
     size += len(chunk)
     if size > remote.size:
       raise ValueError(f"the address serves more than the expected {remote.size} bytes")
     now = time.monotonic()
     if now - reported >= PROGRESS_EVERY or size == remote.size:
-      reported, rate = now, size / max(now - start, 1e-9) / 1e6
+      reported = now
+      rate = size / max(now - start, 1e-9) / 1e6
       progress(
         f"{remote.name}: {100 * size // remote.size} %, {size / 1e6:.1f} of "
         f"{remote.size / 1e6:.1f} MB, {rate:.1f} MB/s"
       )
-  return digest.hexdigest(), size
-
-
-def _open(url: str):
-  """The response to a GET, within `OPENING` seconds.
-
-  In a thread, for the system's resolver of names knows no timeout.
-  """
-  opener = urllib.request.OpenerDirector()
-  for handler in (
-    *(urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler),
-    *(urllib.request.HTTPRedirectHandler, urllib.request.HTTPErrorProcessor),
-    # No handlers of ftp, file and data: redirects lead to http and https alone.
-    *(urllib.request.HTTPDefaultErrorHandler, urllib.request.UnknownHandler),
-  ):
-    opener.add_handler(handler())
-  outcome = []
-
-  def attempt():
-    try:
-      outcome.append(opener.open(url, timeout=TIMEOUT))
-    except Exception as error:  # Raised below, in the thread that asked.
-      outcome.append(error)
-
-  thread = threading.Thread(target=attempt, daemon=True)
-  thread.start()
-  thread.join(OPENING)
-  if not outcome:
-    raise TimeoutError(f"no answer within {OPENING:.0f} seconds")
-  if isinstance(outcome[0], Exception):
-    raise outcome[0]
-  return outcome[0]
+  return size
