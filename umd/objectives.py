@@ -26,8 +26,8 @@ from jaxtyping import Array, Float
 
 from umd.devices.placement import take_rows
 from umd.losses import LOSSES, WEIGHTS, WITHOUT_TARGET, Scored
-from umd.masks import mask_from_noise, num_kept, patchify
-from umd.models.network import Input, Network, num_tokens
+from umd.masks import Masking, complement, patchify
+from umd.models.network import Input, Network, grid, num_tokens
 from umd.paths import Path
 
 # Which tokens a term scores, from the mask [B, N] (1 = dropped from the encoder's input).
@@ -80,6 +80,11 @@ class Stream:
     timesteps: key of TIMESTEPS.
     mask_ratio: share of tokens that the encoder does not see.
     labels: whether the stream is shown labels (some still drop to "no label").
+    mask_kind: which tokens those are, key of `umd.masks.KINDS`.
+    mask_side: of a block or window, in tokens.
+    mask_rounding: how the number of tokens is rounded, see `umd.masks.Masking`.
+    complement_of: the name of another stream of the same rows; this one is shown exactly the tokens
+      that the other is not, whatever its own mask settings would be. "" for a mask of its own.
   """
 
   name: str
@@ -88,6 +93,18 @@ class Stream:
   timesteps: str = "uniform"
   mask_ratio: float = 0.0
   labels: bool = True
+  mask_kind: str = "random"
+  mask_side: int = 1
+  mask_rounding: str = "kept"
+  complement_of: str = ""
+
+  @property
+  def masking(self) -> Masking:
+    """How tokens are dropped; of a complement, how the other stream drops them."""
+    return Masking(self.mask_ratio, self.mask_kind, self.mask_side, self.mask_rounding)
+
+
+MASK_SETTINGS = ("mask_ratio", "mask_kind", "mask_side", "mask_rounding")
 
 
 def make_streams(config: Mapping) -> tuple[Stream, ...]:
@@ -98,7 +115,35 @@ def make_streams(config: Mapping) -> tuple[Stream, ...]:
     terms = {k: Term(**dict(term)) for k, term in dict(settings.pop("terms")).items()}
     rows = tuple(settings.pop("rows"))
     streams.append(Stream(name, terms, rows, **settings))
-  return tuple(streams)
+  return with_complements(streams)
+
+
+def with_complements(streams: Sequence[Stream]) -> tuple[Stream, ...]:
+  """The streams, of which each complement has the mask settings of the stream that it completes.
+
+  Raises:
+    ValueError: a complement of no stream, of a complement, or of one with other rows.
+  """
+  by_name = {stream.name: stream for stream in streams}
+  resolved = []
+  for stream in streams:
+    if stream.complement_of:
+      key, other = f"streams.{stream.name}", by_name.get(stream.complement_of)
+      if other is None or other.complement_of or stream not in streams[streams.index(other) :]:
+        masked = [s.name for s in streams if not s.complement_of and s is not stream]
+        raise ValueError(
+          f"{key}: complement_of={stream.complement_of!r} must be an earlier stream with a mask "
+          f"of its own: one of {masked}."
+        )
+      if other.rows != stream.rows:
+        raise ValueError(
+          f"{key}: rows={stream.rows} differ from those of {other.name!r}, {other.rows}, whose "
+          "complement it is shown. Give both the same rows."
+        )
+      settings = {name: getattr(other, name) for name in MASK_SETTINGS}
+      stream = dataclasses.replace(stream, **settings)
+    resolved.append(stream)
+  return tuple(resolved)
 
 
 def period(streams: Sequence[Stream], batch_size: int) -> int:
@@ -127,7 +172,15 @@ def stream_rows(stream: Stream, size: int) -> tuple[int, int]:
 
 def num_visible(stream: Stream, network: Network) -> int:
   """K, the number of patches of an image that the network sees in this stream."""
-  return num_kept(num_tokens(network), stream.mask_ratio)
+  kept = stream.masking.num_kept(grid(network))
+  if not stream.complement_of:
+    return kept
+  if kept == num_tokens(network):
+    raise ValueError(
+      f"streams.{stream.name}: {stream.complement_of!r} drops no token, so its complement would be "
+      "shown none. Give it a mask."
+    )
+  return num_tokens(network) - kept
 
 
 def _check_term(key: str, term: Term, stream: Stream, network: Network, path: Path) -> None:
@@ -197,7 +250,7 @@ class Draw(NamedTuple):
     labels: those shown, [B], or None.
     t: times [B].
     eps: noise [B, H, W, C].
-    mask_noise: [B, N]; see `umd.masks.mask_from_noise`.
+    mask_noise: [B, N], uniform; see `umd.masks.Masking`.
   """
 
   x0: Array
@@ -209,8 +262,10 @@ class Draw(NamedTuple):
 
 def network_input(network: Network, path: Path, stream: Stream, draw: Draw) -> Input:
   """What the network is shown of a stream's draw: x_t, with some patches dropped."""
-  keep = num_visible(stream, network)
-  mask = mask_from_noise(draw.mask_noise, keep) if keep < num_tokens(network) else None
+  mask = None
+  if num_visible(stream, network) < num_tokens(network):
+    mask = stream.masking(draw.mask_noise, grid(network))
+    mask = complement(mask) if stream.complement_of else mask
   return Input(path.combine("x_t", draw.x0, draw.eps, draw.t), draw.t, draw.labels, mask)
 
 
@@ -283,7 +338,7 @@ class Objective:
 
   def draw(self, batch: Mapping, key: Array) -> list[Draw]:
     """What each stream is trained on; a row is drawn alike on any number of devices."""
-    draws = []
+    draws, names = [], [stream.name for stream in self.streams]
     for i, stream in enumerate(self.streams):
       keys = jax.random.split(jax.random.fold_in(key, i), 4)
       rows = stream_rows(stream, self.period)
@@ -292,6 +347,9 @@ class Objective:
       t = TIMESTEPS[stream.timesteps](u, self.path.timesteps)
       eps = jax.random.normal(keys[1], x0.shape)
       mask_noise = jax.random.uniform(keys[2], (len(x0), num_tokens(self.model)))
+      if stream.complement_of in names[:i]:
+        # The same noise, so that the other stream's mask is known: this one is its complement.
+        mask_noise = draws[names.index(stream.complement_of)].mask_noise
       labels = self._labels(batch, stream, rows, keys[3])
       draws.append(Draw(x0, labels, t, eps, mask_noise))
     return draws

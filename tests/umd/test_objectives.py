@@ -277,3 +277,59 @@ def test_a_head_that_the_path_does_not_know_is_refused_at_once():
   for timesteps in ("uniform", "clean"):
     with pytest.raises(ValueError, match="'F'"):
       objectives.Objective(model, make_path("cosine", 10), one("F", timesteps=timesteps), 8)
+
+
+def test_complementary_streams_are_shown_every_patch_once():
+  model, calls = spy()
+  streams = objectives.make_streams(
+    {
+      "first": dict(
+        rows=(0, 1), mask_ratio=0.25, mask_kind="blocks", mask_side=2, terms={"x0": dict(head="x0")}
+      ),
+      "second": dict(rows=(0, 1), complement_of="first", terms={"x0": dict(head="x0")}),
+    }
+  )
+  loss = objectives.Objective(model, make_path("flow", 10), streams, 8)
+  at_once(loss)(predictions(8), batch(8), jax.random.key(0))
+  first, second = (np.asarray(call["mask"].masked) for call in calls)
+  np.testing.assert_array_equal(first + second, np.ones((8, 16)))
+  blocks = first.reshape(8, 2, 2, 2, 2)
+  assert np.ptp(blocks, axis=(2, 4)).max() == 0 and first.sum(axis=1).tolist() == [4] * 8
+  assert len({row.tobytes() for row in first}) > 1
+
+
+@pytest.mark.parametrize(
+  "second, message",
+  [
+    (dict(complement_of="third"), r"streams\.second: complement_of='third'.*\['first'\]"),
+    (dict(complement_of="second"), r"streams\.second: complement_of='second'"),
+    (dict(complement_of="first", rows=(0, 0.5)), r"streams\.second: rows=.*same rows"),
+  ],
+)
+def test_a_complement_of_nothing_is_refused(second, message):
+  terms = {"x0": dict(head="x0")}
+  streams = {"first": dict(rows=(0, 1), mask_ratio=0.5, terms=terms)}
+  streams["second"] = dict(rows=(0, 1), terms=terms) | second
+  with pytest.raises(ValueError, match=message):
+    objectives.make_streams(streams)
+
+
+def test_the_complement_of_no_mask_is_refused():
+  terms = {"x0": dict(head="x0")}
+  streams = {"first": dict(rows=(0, 1), terms=terms)}
+  streams["second"] = dict(rows=(0, 1), terms=terms, complement_of="first")
+  with pytest.raises(ValueError, match=r"streams\.second: 'first' drops no token"):
+    objectives.Objective(spy()[0], make_path("flow", 10), objectives.make_streams(streams), 8)
+
+
+@pytest.mark.parametrize("weight_of_t", objectives.WEIGHTS)
+def test_times_count_by_their_weight(weight_of_t):
+  model, calls = spy()
+  stream = Stream("noised", {"x0": Term("x0", weight_of_t=weight_of_t)})
+  path = make_path("cosine", 10)
+  loss = objectives.Objective(model, path, [stream], 64)
+  guess, data = predictions(64), batch(64)
+  total, _ = at_once(loss)(guess, data, jax.random.key(0))
+  errors = np.square(guess["x0"] - data["image"]).mean((1, 2, 3))
+  weight = objectives.WEIGHTS[weight_of_t](path, "x0", calls[0]["t"])
+  np.testing.assert_allclose(total, np.mean(weight * errors), rtol=1e-5)
