@@ -1,9 +1,9 @@
-"""Milliseconds of attention, forward and backward, by implementation and length.
+"""Measures milliseconds of attention, forward and backward, by implementation and length.
 
 python -m benchmarks.attention --tokens 68 260 --heads 6 --batch 16 --out attention.jsonl
 
-What the device has not got, or what does not take such shapes, is left out. "ratio" says how many
-times as fast as the textbook's an implementation is.
+Implementations that the device does not have, or that cannot take such shapes, are left out.
+"ratio" says how many times as fast as the textbook's an implementation is.
 """
 
 import argparse
@@ -31,12 +31,12 @@ COLUMNS = (
 
 
 def candidates(shape: tuple[int, ...], dtype: str) -> dict[str, Callable]:
-  """What can be measured here, by name, `textbook` first."""
+  """Lists what can be measured here, by name, `textbook` first."""
   functions: dict[str, Callable] = {"textbook": textbook}
   for name in IMPLEMENTATIONS[1:]:
     try:
       chosen = choose(shape, dtype, name)
-    except ValueError:  # The platform has not got it.
+    except ValueError:  # The platform does not have it.
       continue
     if chosen == name:
       functions[name] = lambda q, k, v, name=name: attend(q, k, v, name)
@@ -44,7 +44,7 @@ def candidates(shape: tuple[int, ...], dtype: str) -> dict[str, Callable]:
 
 
 def program(function: Callable) -> Callable:
-  """Output and gradients of q, k and v, compiled."""
+  """Compiles the output and the gradients of q, k and v."""
 
   def step(q, k, v, d_out):
     out, pullback = jax.vjp(function, q, k, v)
@@ -54,7 +54,7 @@ def program(function: Callable) -> Callable:
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict]:
-  """A row for every length and implementation."""
+  """Measures every implementation at every length; yields a row of results for each."""
   for tokens in args.tokens:
     shape = args.batch, tokens, args.heads, args.head_dim
     rng = np.random.default_rng(0)

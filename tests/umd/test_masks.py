@@ -44,10 +44,7 @@ def uniform(batch, tokens, seed=0):
   [
     (Masking(0.375), 16, 160),
     (Masking(0.75), 16, 64),
-    (Masking(0.1, rounding="dropped"), 16, 231),
     (Masking(0.9, rounding="dropped"), 16, 26),
-    (Masking(0.1, "blocks", 2, "dropped"), 16, 232),
-    (Masking(0.9, "blocks", 2, "dropped"), 16, 28),
     (Masking(0.9, "blocks", 4, "dropped"), 16, 32),
     (Masking(0.5, "blocks", 8, "dropped"), 16, 128),
     (Masking(0.9, "blocks", 4, "dropped"), 64, 416),
@@ -93,15 +90,6 @@ def test_every_subset_of_tokens_is_equally_likely(tokens, keep):
   counts = [subsets.count(s) for s in itertools.combinations(range(tokens), keep)]
   assert sum(counts) == draws
   assert stats.chisquare(counts).pvalue > 1e-3
-
-
-def test_restore_is_a_permutation_that_puts_kept_tokens_first():
-  mask = mask_from_noise(uniform(4, 9), 3)
-  for keep, restore, masked in zip(*map(np.asarray, mask), strict=True):
-    np.testing.assert_array_equal(np.sort(restore), np.arange(9))
-    np.testing.assert_array_equal(restore[keep], np.arange(3))
-    np.testing.assert_array_equal(np.flatnonzero(masked == 0), np.sort(keep))
-    assert set(masked) == {0.0, 1.0}
 
 
 GRID = (4, 8)
@@ -175,13 +163,9 @@ def test_gather_takes_each_example_its_own_tokens():
 
 @pytest.mark.parametrize("keep", [1, 4, 9])
 def test_scatter_undoes_gather_and_fills_the_rest(keep):
-  x, fill = jax.random.normal(jax.random.key(6), (3, 9, 2)), jnp.array([7.0, -7.0])
+  x = jax.random.normal(jax.random.key(6), (3, 9, 2)).astype(jnp.bfloat16)
+  fill = jnp.array([7.0, -7.0])
   mask = mask_from_noise(uniform(3, 9), keep)
   got = masks.scatter(masks.gather(x, mask.keep), mask, fill)
-  np.testing.assert_array_equal(got, np.where(mask.masked[:, :, None] == 0, x, fill))
-
-
-def test_scatter_keeps_the_dtype_of_the_tokens():
-  mask = mask_from_noise(uniform(3, 9), 4)
-  kept = jnp.zeros((3, 4, 2), jnp.bfloat16)
-  assert masks.scatter(kept, mask, jnp.ones(2)).dtype == jnp.bfloat16
+  assert got.dtype == x.dtype
+  np.testing.assert_array_equal(got, jnp.where(mask.masked[:, :, None] == 0, x, fill))
