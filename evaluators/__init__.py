@@ -1,9 +1,9 @@
 """Evaluators look at a train state and yield pairs of a name and a number, a word or a picture.
 
 An evaluator is a module of this folder with two classes. `Settings` is a frozen dataclass that says
-
-
-`(name, float | str | Images)`, and a writer decides by the type where a value goes.
+what a config may set, with type, default, range and meaning. `Evaluator(context, settings)` is
+built at start, so that mistakes show before anything is trained. Calling it with a `TrainState`
+yields `(name, float | str | Images)`, and a writer decides by the type where a value goes.
 """
 
 import dataclasses

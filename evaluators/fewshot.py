@@ -29,7 +29,7 @@ class Settings:
   l2: Sequence[float] = setting("The penalties among which 'strict' chooses.", PENALTIES)
   held_out: int = setting("At most so many training examples serve to choose the penalty.", 1000)
   features: Sequence[str] = setting("Features of the network: class, mean, patches.", ("class",))
-  t: int | float = setting("The time to which the images are noised; 0 is clean.", 0)
+  t: int = setting("The time to which the images are noised; 0 is clean.", 0)
   knn: Sequence[int] = setting("Numbers of nearest neighbours that vote; () for none.", ())
   pixels: bool = setting("Whether raw pixels are probed as well.", True)
 

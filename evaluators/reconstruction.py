@@ -24,7 +24,7 @@ class Settings:
   data: Mapping = setting("The images.")
   mask_ratio: float = setting("The share of patches that is masked.", within="[0, 1)")
   num: int = setting("Look at the first so many images only; 0 takes all.", 0, "[0, inf)")
-  t: int | float = setting("The time to which the images are noised; 0 is clean.", 0, "[0, inf)")
+  t: int = setting("The time to which the images are noised; 0 is clean.", 0, "[0, inf)")
   rows: int = setting("The number of images that are shown.", 8, "[1, inf)")
   scale: int = setting("Each pixel is drawn as so many by so many.", 6, "[1, inf)")
 
