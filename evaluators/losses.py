@@ -40,7 +40,7 @@ class Evaluator:
     self._bins = settings.bins
     count(self._source, settings.num)
     timesteps = context.inference.path.timesteps
-    if not 1 <= settings.bins <= timesteps:
+    if settings.bins < 1 or (timesteps and settings.bins > timesteps):
       raise ValueError(f"bins={settings.bins} must be in [1, timesteps={timesteps}].")
     # One program per stream: what tells the ranges and the weights apart is data, not shape.
     self._score = {
@@ -50,13 +50,12 @@ class Evaluator:
 
   def _ranges(self, stream: Stream) -> list[tuple[str, float, float]]:
     """Lists (name, from, to) of the bins, as ranges of the uniform draw that makes the timestep."""
-    timestep = TIMESTEPS[stream.timesteps]
-    timesteps = self._context.inference.path.timesteps
+    draw, path = TIMESTEPS[stream.timesteps], self._context.inference.path
     ranges = {}
     for b in range(self._bins):
       low, high = b / self._bins, (b + 1) / self._bins
-      first, last = (int(timestep(jnp.float32(u), timesteps)) for u in (low, high - 1e-6))
-      ranges[f"t{first}" if first == last else f"t{first}-{last}"] = (low, high)
+      ends = {float(draw(jnp.float32(u), path)) for u in (low, high - 1e-6)}
+      ranges["t" + "-".join(f"{t:g}" for t in sorted(ends))] = (low, high)
     return [(name, *edges) for name, edges in ranges.items()]
 
   def _score_batch(self, stream: Stream, weights: Weights, batch, part, low, high):
@@ -66,7 +65,7 @@ class Evaluator:
     keys = example_keys(self._context.seed, batch["index"])
     keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, part), 3))(keys)
     u = low + (high - low) * example_uniform(keys[:, 0], ())
-    t = TIMESTEPS[stream.timesteps](u, path.timesteps)
+    t = TIMESTEPS[stream.timesteps](u, path)
     eps = example_normal(keys[:, 1], images.shape[1:])
     mask_noise = example_uniform(keys[:, 2], (num_tokens(model),))
     labels = batch["label"] if model.num_classes and stream.labels else None

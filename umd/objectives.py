@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 
 from umd.devices.placement import take_rows
 from umd.losses import LOSSES, WEIGHTS, WITHOUT_TARGET, Scored
-from umd.masks import Masking, complement, patchify
+from umd.masks import Mask, Masking, complement, patchify
 from umd.models.network import Input, Network, grid, num_tokens
 from umd.paths import Path
 
@@ -37,11 +37,26 @@ WHERE: Mapping[str, Callable] = {
   "masked": lambda masked: masked,
 }
 
-# How a stream draws its times in 0..T from uniform noise u in [0, 1).
-TIMESTEPS: Mapping[str, Callable] = {
-  "clean": lambda u, timesteps: jnp.zeros_like(u, jnp.int32),
-  "uniform": lambda u, timesteps: 1 + jnp.floor(u * timesteps).astype(jnp.int32),
-}
+
+def clean(u: Float[Array, "*b"], path: Path) -> Array:
+  """No noise: t = 0."""
+  return jnp.zeros_like(u, jnp.int32 if path.timesteps else jnp.float32)
+
+
+def uniform(u: Float[Array, "*b"], path: Path) -> Array:
+  """All times alike: one of 1..T where times are whole numbers, else a real one in (0, end]."""
+  if path.timesteps:
+    return 1 + jnp.floor(u * path.timesteps).astype(jnp.int32)
+  return path.end * (1.0 - u)
+
+
+def log_normal(u: Float[Array, "*b"], path: Path) -> Array:
+  """EDM's noise levels (Karras et al. 2022, table 1): log t ~ N(-1.2, 1.2^2), at most the end."""
+  return jnp.minimum(jnp.exp(-1.2 + 1.2 * jax.scipy.special.ndtri(u)), path.end)
+
+
+# How a stream draws its times from uniform noise u in [0, 1).
+TIMESTEPS: Mapping[str, Callable] = {"clean": clean, "uniform": uniform, "log_normal": log_normal}
 
 # The share of a stream's rows may be off by this much of the batch, so that the pattern by which
 # rows are dealt can be short.
@@ -253,7 +268,7 @@ class Draw(NamedTuple):
   Attributes:
     x0: clean images [B, H, W, C].
     labels: those shown, [B], or None.
-    t: times [B].
+    t: times [B], or [B, N] where every token has its own.
     eps: noise [B, H, W, C].
     mask_noise: [B, N], uniform; see `umd.masks.Masking`.
   """
@@ -265,23 +280,39 @@ class Draw(NamedTuple):
   mask_noise: Array
 
 
+def times_of_pixels(t: Array, network: Network) -> Array:
+  """Times of images, [B, 1, 1, 1], or of pixels, [B, H, W, 1], where tokens have their own."""
+  if t.ndim == 1:
+    return t[:, None, None, None]
+  t = t.reshape(-1, *grid(network))
+  return jnp.repeat(jnp.repeat(t, network.patch, axis=1), network.patch, axis=2)[..., None]
+
+
 def network_input(network: Network, path: Path, stream: Stream, draw: Draw) -> Input:
-  """What the network is shown of a stream's draw: x_t, with some patches dropped."""
+  """What the network is shown of a stream's draw: x_t and t as the path has it told, and a mask."""
   mask = None
   if num_visible(stream, network) < num_tokens(network):
     mask = stream.masking(draw.mask_noise, grid(network))
     mask = complement(mask) if stream.complement_of else mask
-  return Input(path.combine("x_t", draw.x0, draw.eps, draw.t), draw.t, draw.labels, mask)
+  t = times_of_pixels(draw.t, network)
+  x_t = path.input_scale(t) * path.combine("x_t", draw.x0, draw.eps, t)
+  return Input(x_t, path.time_input(draw.t), draw.labels, mask)
 
 
 def errors(
-  network: Network, path: Path, stream: Stream, draw: Draw, shown: Input, predictions: Mapping
+  network: Network,
+  path: Path,
+  stream: Stream,
+  draw: Draw,
+  mask: Mask | None,
+  predictions: Mapping,
 ) -> dict[str, Float[Array, "b"]]:
   """Every term of a stream, per example: its error, weighted by t, mean over the scored tokens."""
   cut = lambda images: patchify(images, network.patch)
   patches = {head: cut(prediction) for head, prediction in predictions.items()}
-  scored = Scored(patches, cut(draw.x0), cut(draw.eps), cut(shown.images), draw.t)
-  masked = jnp.zeros_like(draw.mask_noise) if shown.mask is None else shown.mask.masked
+  x0, eps = cut(draw.x0), cut(draw.eps)
+  scored = Scored(patches, x0, eps, path.combine("x_t", x0, eps, draw.t), draw.t)
+  masked = jnp.zeros_like(draw.mask_noise) if mask is None else mask.masked
   values = {}
   for name, term in stream.terms.items():
     error = LOSSES[term.loss](path, term.head, term.target or term.head, scored)
@@ -304,8 +335,8 @@ def score(
   groups = functools.reduce(math.gcd, [len(draw.x0) for draw in draws])
   predictions = network.apply({"params": params}, inputs, groups, method="predict")
   return [
-    errors(network, path, *of_stream)
-    for of_stream in zip(streams, draws, inputs, predictions, strict=True)
+    errors(network, path, stream, draw, shown.mask, prediction)
+    for stream, draw, shown, prediction in zip(streams, draws, inputs, predictions, strict=True)
   ]
 
 
@@ -349,7 +380,7 @@ class Objective:
       rows = stream_rows(stream, self.period)
       x0 = take_rows(batch["image"], rows, self.period)
       u = jax.random.uniform(keys[0], x0.shape[:1])
-      t = TIMESTEPS[stream.timesteps](u, self.path.timesteps)
+      t = TIMESTEPS[stream.timesteps](u, self.path)
       eps = jax.random.normal(keys[1], x0.shape)
       mask_noise = jax.random.uniform(keys[2], (len(x0), num_tokens(self.model)))
       if stream.complement_of in names[:i]:

@@ -158,7 +158,7 @@ def test_timesteps_cover_1_to_T_evenly_and_clean_is_0():
 @pytest.mark.parametrize("timesteps", [1, 7, 1000])
 def test_uniform_timesteps_end_at_1_and_T(timesteps):
   ends = jnp.array([0.0, np.nextafter(np.float32(1), np.float32(0))])
-  got = objectives.TIMESTEPS["uniform"](ends, timesteps)
+  got = objectives.uniform(ends, make_path("flow", timesteps))
   np.testing.assert_array_equal(got, [1, timesteps])
   assert got.dtype == jnp.int32
 
@@ -255,7 +255,7 @@ def one(head="x0", where="all", **stream):
     ([Stream("s", {})], r"streams\.s has no terms.*at least one"),
     (one("v"), r"streams\.s\.terms\.it: head='v'.*'x0', 'eps'.*Add it"),
     (one(where="hidden"), r"streams\.s\.terms\.it: where='hidden'.*all.*visible.*masked"),
-    (one(timesteps="edm"), r"streams\.s: timesteps='edm'.*clean.*uniform"),
+    (one(timesteps="now"), r"streams\.s: timesteps='now'.*clean.*uniform"),
     (one(where="masked"), r"streams\.s\.terms\.it.*mask_ratio=0\.0 .*Set where='all'"),
     (one(mask_ratio=1.0), r"mask_ratio=1\.0 must be in"),
     (one(mask_ratio=0.99), r"mask_ratio=0\.99 keeps none of 16 tokens.*at most"),
@@ -339,3 +339,49 @@ def test_times_count_by_their_weight(weight_of_t):
   errors = np.square(guess["x0"] - data["image"]).mean((1, 2, 3))
   weight = objectives.WEIGHTS[weight_of_t](path, "x0", calls[0]["t"])
   np.testing.assert_allclose(total, np.mean(weight * errors), rtol=1e-5)
+
+
+@pytest.mark.parametrize("condition", ["adaln", "adaln_shared"])
+def test_a_time_per_token_that_is_constant_is_a_time_per_image(nano, condition):
+  """In what the network is shown, in its outputs, in the loss and in the gradients."""
+  model, params = nano(condition=condition, num_classes=3)
+  path, stream = make_path("cosine", 100), Stream("noised", HALF, mask_ratio=0.5)
+  rng = np.random.default_rng(0)
+  x0, eps = jnp.asarray(rng.standard_normal((2, 4, 16, 16, 3)), jnp.float32)
+  noise, t = jnp.asarray(rng.random((4, 16)), jnp.float32), jnp.array([1, 20, 50, 100])
+
+  @jax.jit
+  def loss(params, t):
+    draw = objectives.Draw(x0, jnp.array([0, 1, 2, 3]), t, eps, noise)
+    values = objectives.score(model, path, [stream], params, [draw])[0]
+    return sum(value.sum() for value in values.values())
+
+  of_images = jax.value_and_grad(loss)(params, t)
+  of_tokens = jax.value_and_grad(loss)(params, jnp.tile(t[:, None], (1, 16)))
+  np.testing.assert_allclose(of_tokens[0], of_images[0], rtol=1e-6)
+  scale = max(np.abs(g).max() for g in jax.tree.leaves(of_images[1]))
+  for a, b in zip(*map(jax.tree.leaves, (of_tokens[1], of_images[1])), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-6 * scale)
+
+
+def test_edms_objective_is_its_weighted_denoising_loss(nano):
+  """sigma ~ exp(N(-1.2, 1.2^2)); the network sees c_in x and c_noise."""
+  model, calls = spy(heads=("x0",))
+  path, term = make_path("edm"), Term("x0", weight_of_t="edm")
+  stream = Stream("noised", {"x0": term}, timesteps="log_normal")
+  guess = {"x0": predictions(64)["x0"]}
+  data = batch(64)
+  loss = objectives.Objective(model, path, [stream], 64)
+  (draw,) = loss.draw(data, jax.random.key(0))
+  total, _ = loss(guess, [draw])
+  sigma = np.asarray(draw.t)
+  assert np.log(sigma).mean() == pytest.approx(-1.2, abs=0.5)
+  noisy = data["image"] + sigma[:, None, None, None] * draw.eps
+  scale = 1 / np.sqrt(sigma**2 + 0.25)
+  np.testing.assert_allclose(
+    calls[-1]["images"], scale[:, None, None, None] * noisy, rtol=1e-4, atol=1e-5
+  )
+  np.testing.assert_allclose(calls[-1]["t"], np.log(sigma) / 4, rtol=1e-4)
+  weight = (sigma**2 + 0.25) / (0.5 * sigma) ** 2
+  want = np.mean(weight * np.square(guess["x0"] - data["image"]).mean((1, 2, 3)))
+  np.testing.assert_allclose(total, want, rtol=1e-4)

@@ -244,12 +244,12 @@ class AutoEncoder(nn.Module):
     }
 
 
-def kept(cond: Float[Array, "b *n d"], mask: Mask | None) -> Float[Array, "b *n d"]:
+def kept(cond: Float[Array, "b *n d"], mask: Mask | None) -> Float[Array, "b *k d"]:
   """The condition of the tokens that are kept; unchanged where all tokens share one."""
   return cond if mask is None or cond.ndim == 2 else gather(cond, mask.keep)
 
 
-def with_front(cond: Float[Array, "b *n d"], tokens: int) -> Float[Array, "b *n d"]:
+def with_front(cond: Float[Array, "b *n d"], tokens: int) -> Float[Array, "b *m d"]:
   """The condition with `tokens` tokens in front, which see the mean of the patches'."""
   if cond.ndim == 2:
     return cond
