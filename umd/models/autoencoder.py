@@ -142,6 +142,11 @@ class AutoEncoder(nn.Module):
 
   def embed_condition(self, t: Shaped[Array, "b *n"], labels: Int[Array, "b"]) -> Condition:
     """What times, [B] or [B, N], and labels [B] are to the blocks, and to the head."""
+    if t.ndim == 2 and self.condition == "token":
+      raise ValueError(
+        "model.condition='token' shows a network one time per image, and every token has its own "
+        "here. Use 'adaln' or 'adaln_shared'."
+      )
     cond = self.time_embed(t)
     if self.num_classes:
       label = self.label_embed(labels)
