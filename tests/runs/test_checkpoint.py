@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 
 from umd.devices.mesh import make_mesh, replicated
-from umd.runs import integrity
 from umd.runs.checkpoint import Checkpoints, load_params
 from umd.state import TrainState, init_state
 
@@ -93,9 +91,10 @@ def test_latest_is_the_newest_complete_checkpoint_and_older_ones_go(run):
   assert kept == {"2", "5"}
 
 
-def test_a_new_run_has_no_latest(tmp_path):
+def test_a_new_run_has_nothing_to_restore(tmp_path):
   checkpoints = Checkpoints(str(tmp_path / "new"))
   assert checkpoints.latest() is None
+  assert checkpoints.restore_newest(make_state(4, 0)) is None
   checkpoints.close()
 
 
@@ -121,18 +120,3 @@ def test_without_a_checkpoint_the_error_names_the_folder(tmp_path, folder):
 def test_unknown_weights_are_an_error_that_names_the_known(run):
   with pytest.raises(ValueError, match=r"'best'.*'ema'.*'raw'"):
     load_params(run, "best")
-
-
-@pytest.mark.parametrize(
-  ("workdir", "folder"),
-  [("gs://bucket/run", "gs://bucket/run/checkpoints"), ("run", "{here}/run/checkpoints")],
-)
-def test_orbax_is_given_an_address_as_it_is_and_a_folder_in_full(
-  monkeypatch, tmp_path, workdir, folder
-):
-  seen = []
-  monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(integrity, "remove_temporary", lambda folder: None)
-  monkeypatch.setattr(ocp, "CheckpointManager", lambda folder, **_: seen.append(str(folder)))
-  Checkpoints(workdir)
-  assert seen == [folder.format(here=tmp_path)]

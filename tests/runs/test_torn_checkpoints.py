@@ -111,7 +111,7 @@ def test_no_byte_of_the_list_of_checksums_can_change(run):
     assert integrity.verify(epath.Path(folder))
 
 
-@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("how", ["deleted", "cut in half"])
 def test_what_no_checksum_covers_does_no_harm(run, how):
   """The two files that orbax writes last: reported, or what is restored is right all the same."""
   for name in UNCOVERED[:2]:
@@ -151,13 +151,6 @@ def test_a_damaged_checkpoint_is_moved_aside_and_its_step_saved_again(run, how):
   assert (run / "checkpoints" / "damaged_2_2").is_dir()
 
 
-def test_an_emptied_folder_is_no_checkpoint(run):
-  shutil.rmtree(run / "checkpoints" / "2")
-  (run / "checkpoints" / "2").mkdir()
-  with Checkpoints(str(run)) as checkpoints:
-    assert checkpoints.restore_newest(make_state(4, 0)).step == 1
-
-
 def test_metadata_of_another_kind_does_not_keep_a_run_from_opening(run):
   metadata = run / "checkpoints" / "1" / "_CHECKPOINT_METADATA"
   metadata.write_text('{"commit_timestamp_nsecs": "yesterday", "item_handlers": 3}')
@@ -174,11 +167,6 @@ def test_if_all_are_damaged_nothing_starts_anew_or_is_moved(run):
       Checkpoints(str(run)).restore_newest(make_state(4, 0))
     assert "1: state/_METADATA" in str(error.value) and "2: state/_METADATA" in str(error.value)
   assert contents_of(run) == before
-
-
-def test_a_new_run_has_nothing_to_restore(tmp_path):
-  with Checkpoints(str(tmp_path)) as checkpoints:
-    assert checkpoints.restore_newest(make_state(4, 0)) is None
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Of TensorStore.
@@ -198,11 +186,6 @@ def test_another_run_is_read_but_never_written(run, capsys, monkeypatch):
   shapes = jax.tree.map(lambda leaf: tuple(leaf.shape), param_shapes(str(run)))
   assert shapes == {"body": {"kernel": (3, 5)}, "token": (7,)}
   assert (contents_of(run), sorted(os.listdir(run / "checkpoints"))) == before
-
-
-def test_a_workdir_may_be_a_link(run, tmp_path):
-  (tmp_path / "link").symlink_to(run)
-  assert integrity.find_newest(str(tmp_path / "link" / "checkpoints")) == (2, {})
 
 
 KILLED = """

@@ -8,7 +8,6 @@ object alive, and an object that does not change any more belongs to a dead run.
 
 import contextlib
 import datetime
-import json
 import os
 import secrets
 import socket
@@ -25,6 +24,7 @@ from umd.devices import mesh
 from umd.runs import workdir
 
 FILE = ".lock"
+OWNER = ".lock_owner.json"  # Beside a lock of the kernel: who holds it.
 # A run that has just been told to end needs a moment; so does `is_held`, which takes the lock.
 PATIENCE_SECONDS = 2.0
 # A living run renews its lease so often. One that was not renewed for EXPIRED_SECONDS is dead.
@@ -49,10 +49,12 @@ def _read(path: str) -> dict:
 
 
 def _refusal(folder: str, owner: dict) -> ValueError:
+  """Returns the error for those who come second."""
   process, host, since = (owner.get(key, "?") for key in ("process", "host", "time"))
   return ValueError(
     f"workdir={folder!r} is in use by process {process} on {host} (lock of {since}). Wait until "
-    "that run has ended, or stop it, or choose another workdir."
+    "that run has ended, or stop it, or choose another workdir. If it is certain that it does not "
+    f"run, remove {workdir.join(folder, FILE)}."
   )
 
 
@@ -63,18 +65,20 @@ def _hold_file(folder: str) -> Iterator[None]:
   made = workdir.missing_folders(real)
   os.makedirs(real, exist_ok=True)
   path = os.path.join(real, FILE)
+  owner = os.path.join(real, OWNER)
   lock = FileLock(path)
   try:
     lock.acquire(timeout=PATIENCE_SECONDS)
   except Timeout:
-    raise _refusal(folder, _read(path)) from None
+    raise _refusal(folder, _read(owner)) from None
   try:
-    with open(path, "w", encoding="utf-8") as file:  # In place: the lock is that of this file.
-      json.dump(_identity(), file)
+    workdir.write_json(owner, _identity())
     yield
   finally:
-    if os.listdir(real) == [FILE]:
-      os.remove(path)
+    with contextlib.suppress(FileNotFoundError):  # Somebody has removed or renamed the folder.
+      os.remove(owner)
+      if os.listdir(real) == [FILE]:
+        os.remove(path)
     lock.release()
     for empty in made:
       with contextlib.suppress(OSError):  # It is not empty.

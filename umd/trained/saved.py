@@ -14,8 +14,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -173,7 +171,7 @@ class Run:
         f"step={step}: that checkpoint of {self.folder!r} is damaged: {problem}. Name "
         f"another: {shown}."
       )
-    return _read_field(path / "state", checkpoint.WEIGHTS[which]), which, step
+    return checkpoint.read_field(path / "state", checkpoint.WEIGHTS[which]), which, step
 
   def _best(self, steps: Sequence[int]) -> int:
     from umd.runs import checkpoint, integrity
@@ -226,20 +224,6 @@ def open_run(path: str, **settings) -> Run:
     return run
   model = {**run.description.model, **settings}
   return dataclasses.replace(run, description=dataclasses.replace(run.description, model=model))
-
-
-def _read_field(path: epath.Path, field: str) -> dict:
-  """Reads one field of a train state, as NumPy arrays."""
-  import orbax.checkpoint as ocp
-
-  about = ocp.PyTreeCheckpointHandler().metadata(path)
-  if about is None or field not in (about.tree or {}):
-    raise ValueError(f"{path} holds no {field} that can be read. Name another step.")
-  wanted = {field: about.tree[field]}
-  as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    state = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
-    return checkpointer.restore(path, args=state)[field]
 
 
 def checkpoints(path: str) -> str:
