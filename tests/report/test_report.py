@@ -42,12 +42,21 @@ RECORDS = [
 ]
 
 
+def parse(text: str):
+  """Reads JSON as browsers do: without NaN."""
+
+  def refuse(word):
+    raise AssertionError(f"{word} is no JSON")
+
+  return json.loads(text, parse_constant=refuse)
+
+
 class Page(html.parser.HTMLParser):
   """What a browser makes of a page: elements, text, and the data of its scripts."""
 
   def __init__(self, text: str):
     super().__init__()
-    self.elements, self.scripts, self.text, self._open = [], {}, "", []
+    self.elements, self.scripts, self.figures, self.text, self._open = [], {}, [], "", []
     self.feed(text)
     self.close()
     assert not self._open
@@ -63,17 +72,16 @@ class Page(html.parser.HTMLParser):
 
   def handle_data(self, data):
     tag, attributes = self._open[-1] if self._open else ("", {})
-    if tag == "script":
+    if attributes.get("class") == "figure":
+      self.figures.append(parse(data))
+    elif tag == "script":
       self.scripts[attributes.get("id", "")] = data
     elif tag != "style":
       self.text += data
 
   @property
   def data(self) -> dict:
-    def refuse(word):
-      raise AssertionError(f"{word} is no JSON")
-
-    return json.loads(self.scripts["report-data"], parse_constant=refuse)
+    return parse(self.scripts["report-data"])
 
   @property
   def words(self) -> str:
@@ -81,7 +89,7 @@ class Page(html.parser.HTMLParser):
 
   def lines(self) -> dict[str, dict]:
     """{name: trace} of all figures."""
-    return {trace["name"]: trace for figure in self.data["figures"] for trace in figure["data"]}
+    return {trace["name"]: trace for figure in self.figures for trace in figure["data"]}
 
   def attributes(self, tag: str, name: str) -> list:
     return [a[name] for t, a in self.elements if t == tag and name in a]
@@ -130,7 +138,7 @@ def test_the_page_holds_the_numbers(tmp_path):
   assert (lines["late"]["x"], lines["late"]["y"]) == ([30, 40], [3.0, 4.0])
   assert lines["class_10shot_mean"]["error_y"]["array"] == [0.01, 0.02]
   assert lines.keys() == {"loss", "noised/eps", "lr", "late", "skipped", "class_10shot_mean"}
-  for figure in shown.data["figures"]:
+  for figure in shown.figures:
     assert [mark["x0"] for mark in figure["layout"]["shapes"]] == [20, 40]  # checkpoints
   assert "0.75 ± 0.02 best" in shown.words
   for row in ("productive 1:30 90.0%", "lost 0:10 10.0%", "all 1:40 100.0%"):
@@ -204,7 +212,7 @@ def test_a_run_that_has_just_begun_has_a_report(tmp_path):
   os.makedirs(tmp_path / "run")
   shown = report_of(str(tmp_path / "run"))
   (run,) = shown.data["runs"]
-  assert run["state"] == "not started" and run["latest"] == {} and shown.data["figures"] == []
+  assert run["state"] == "not started" and run["latest"] == {} and shown.figures == []
   assert "plotly" not in shown.scripts
 
 
@@ -338,9 +346,9 @@ def test_a_comparison_shows_what_differs_and_a_run_has_one_color(tmp_path, capsy
   differences = page.config_differences([read.read_run(folder) for folder in folders])
   assert differences == {"new": [None, 1], "optim.lr": [0.1, 0.3]}
   assert "optim.lr" in shown.words and "optim.wd" not in shown.words
-  colors = {(t["name"], t["line"]["color"]) for f in shown.data["figures"] for t in f["data"]}
+  colors = {(t["name"], t["line"]["color"]) for f in shown.figures for t in f["data"]}
   assert colors == {("a", page.COLORS[0]), ("b", page.COLORS[1])}
-  names = [tuple(t["name"] for t in f["data"]) for f in shown.data["figures"]]
+  names = [tuple(t["name"] for t in f["data"]) for f in shown.figures]
   assert names[0] == ("a", "b") and ("b",) in names
   assert [run["latest"]["loss"] for run in shown.data["runs"]] == [0.5, 0.0169492]
   assert len(shown.attributes("img", "src")) == 4

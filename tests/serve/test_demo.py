@@ -192,7 +192,7 @@ def test_a_training_image_is_its_own_nearest_neighbour(page):
 def test_the_line_above_the_page_says_which_model_it_is(page, model):
   assert page.examples.name == "digits:test" and len(page.examples.images) == 16
   line = session.describe(model)
-  for fact in ("run", "step 7", "ema", "nano/2", "8 x 8 x 1 px", "10 classes", "on digits"):
+  for fact in ("run", "step 7", "ema", "autoencoder", "8 x 8 x 1 px", "10 classes", "on digits"):
     assert fact in line, fact
 
 

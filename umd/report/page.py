@@ -200,23 +200,16 @@ def _not_finite(line: Line) -> str:
   )
 
 
-class Figures:
-  """The figures of a page, numbered in the order in which they are shown."""
-
-  def __init__(self):
-    self.json: list[dict] = []
-
-  def cards(self, charts: Iterable[Chart]) -> list[dict]:
-    """Returns what the template shows of each chart."""
-    cards = []
-    for chart in charts:
-      newest = (f"{line.name} {number(line.series.last)}" for line in chart.lines[:6])
-      card = {"title": chart.title, "figure": len(self.json), "newest": ", ".join(newest)}
-      card["notes"] = [note for line in chart.lines if (note := _not_finite(line))]
-      card["legend"] = legend([line.name for line in chart.lines])
-      cards.append(card)
-      self.json.append(figure(chart))
-    return cards
+def cards(charts: Iterable[Chart]) -> list[dict]:
+  """Returns what the template shows of each chart."""
+  shown = []
+  for chart in charts:
+    newest = (f"{line.name} {number(line.series.last)}" for line in chart.lines[:6])
+    card = {"title": chart.title, "newest": ", ".join(newest), "figure": figure(chart)}
+    card["notes"] = [note for line in chart.lines if (note := _not_finite(line))]
+    card["legend"] = legend([line.name for line in chart.lines])
+    shown.append(card)
+  return shown
 
 
 def legend(names: Sequence[str]) -> list[tuple[str, str]]:
@@ -381,28 +374,23 @@ def _plotly() -> str:
   return base64.b64encode(gzip.compress(script.read_bytes(), 6, mtime=0)).decode()
 
 
-def _render(template: str, runs: Sequence[Run], figures: list[dict], **context) -> str:
-  data = {"runs": [about(run) for run in runs], "figures": figures}
-  return (
-    _templates()
-    .get_template(template)
-    .render(
-      data=data, plotly=_plotly() if figures else "", time=runs[0].time, command=command, **context
-    )
-  )
+def _render(template: str, runs: Sequence[Run], has_curves: bool, **context) -> str:
+  page = _templates().get_template(template)
+  data = {"runs": [about(run) for run in runs]}
+  plotly = _plotly() if has_curves else ""
+  return page.render(data=data, plotly=plotly, time=runs[0].time, command=command, **context)
 
 
 def run_page(run: Run) -> str:
   """Returns the report of a run."""
-  figures, charts = Figures(), charts_of_run(run)
-  cards = {s: figures.cards(c for c in charts if c.section == s) for s in SECTIONS}
+  charts = charts_of_run(run)
   return _render(
     "run.html",
     [run],
-    figures.json,
+    bool(charts),
     run=run,
     tiles=tiles(run),
-    cards=cards,
+    cards={s: cards(c for c in charts if c.section == s) for s in SECTIONS},
     galleries=galleries([run]),
     tables=step_tables(run),
     seconds=time_table(run),
@@ -421,7 +409,7 @@ def overview_page(name: str, stages: Sequence[Run]) -> str:
   return _render(
     "overview.html",
     stages,
-    [],
+    False,
     name=name,
     stages=stages,
     tiles={run.name: tiles(run) for run in stages},
@@ -436,9 +424,10 @@ def comparison_page(groups: dict[str, list[Run]]) -> str:
   Args:
     groups: {stage: its runs}; one group "" for runs that have no stages.
   """
-  figures, contents = Figures(), []
+  contents, has_curves = [], False
   for stage, runs in groups.items():
     charts = charts_of_comparison(runs)
+    has_curves |= bool(charts)
     folded = {prefix: [c for c in charts if c.title.startswith(prefix)] for prefix in FOLDED_CURVES}
     plain = [c for c in charts if not c.title.startswith(tuple(FOLDED_CURVES))]
     headline = list(dict.fromkeys(name for run in runs for name in run.headline))
@@ -450,11 +439,11 @@ def comparison_page(groups: dict[str, list[Run]]) -> str:
         legend=legend([run.label for run in runs]),
         headline=newest_table(runs, headline),
         others=newest_table(runs, others),
-        cards={s: figures.cards(c for c in plain if c.section == s) for s in SECTIONS},
-        folded={FOLDED_CURVES[prefix]: figures.cards(c) for prefix, c in folded.items()},
+        cards={s: cards(c for c in plain if c.section == s) for s in SECTIONS},
+        folded={FOLDED_CURVES[prefix]: cards(c) for prefix, c in folded.items()},
         galleries=galleries(runs),
         different=config_differences(runs),
       )
     )
   runs = [run for members in groups.values() for run in members]
-  return _render("comparison.html", runs, figures.json, groups=contents)
+  return _render("comparison.html", runs, has_curves, groups=contents)

@@ -127,7 +127,7 @@ def sample_tab(page: Session) -> None:
         low = gr.Slider(0, 1, low, step=0.05, label="Guide from (share of T)", visible=guided)
         high = gr.Slider(0, 1, high, step=0.05, label="Guide to (share of T)", visible=guided)
         sampler = gr.Dropdown(list(SOLVERS), value=default.sampler, label="Sampler")
-        most = min(page.timesteps, STEPS)
+        most = min(page.timesteps or STEPS, STEPS)
         steps = gr.Slider(1, most, min(default.steps, most), step=1, label="Steps")
         # The steps of a model of latents have to be decoded, which takes long.
         watch = gr.Checkbox(not page.model.description.latents, label="Show the denoising")
@@ -208,7 +208,7 @@ def on_canvas(image: np.ndarray, mask: np.ndarray | None = None) -> dict:
 def fill_tab(page: Session, tab: gr.Tab) -> None:
   """Fills in an image that is painted over, or masked at random."""
   size, diffuses = page.model.image_size, not page.lacks("sample")
-  most = min(page.timesteps, STEPS)
+  most = min(page.timesteps or STEPS, STEPS)
   with gr.Row():
     with gr.Column(scale=1, min_width=300):
       gallery = examples_field(page)

@@ -173,7 +173,7 @@ def describe(model: Pretrained) -> str:
     f"**{'/'.join(model.folder.rstrip('/').split('/')[-2:])}**",
     f"step {model.step}",
     f"{model.weights} weights",
-    about.model["variant"],
+    about.model["name"],
     f"{' x '.join(map(str, model.image_size))} px",
     f"{model.num_classes} classes" if model.num_classes else "no labels",
   ]
@@ -210,7 +210,7 @@ class Session:
 
   @property
   def timesteps(self) -> int:
-    """T, which is also the most steps that a sampler can take."""
+    """T, which is also the most steps that a sampler can take; 0 for real times."""
     return self._path.timesteps
 
   @property
@@ -224,9 +224,10 @@ class Session:
     return [head for head in self._network.heads if self._path.invertible(head)]
 
   @property
-  def represented_at(self) -> int:
-    """The timestep at which images are represented: 0 if the model ever saw clean ones."""
-    return 0 if self._clean else max(1, round(NOISED * self.timesteps))
+  def represented_at(self) -> float:
+    """The time at which images are represented: 0 if the model ever saw clean ones."""
+    t = NOISED * self._path.end
+    return 0 if self._clean else max(1, round(t)) if self.timesteps else t
 
   def lacks(self, task: str) -> str:
     """Returns why "sample", "reconstruct" or "neighbours" makes no sense, "" if it does."""
@@ -276,8 +277,8 @@ class Session:
     if watch:
       every = math.ceil(sampling.steps / FRAMES)
       for step, t, images in self.model.steps(labels, num, every=every, **arguments):
-        if t:
-          text = f"Step {step} of {sampling.steps}: what the model makes out, t = {t}"
+        if step < sampling.steps:
+          text = f"Step {step} of {sampling.steps}: what the model makes out, t = {t:g}"
           yield pictures.grid(images, columns), text
     else:
       images = self.model.sample(labels, num, **arguments)

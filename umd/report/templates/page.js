@@ -1,6 +1,5 @@
 "use strict";
 // Draws the curves from the state of the page's controls, and shows pictures by step.
-const report = JSON.parse(document.getElementById("report-data").textContent);
 const plots = [...document.querySelectorAll(".plot")];
 const smoothing = document.getElementById("smoothing");
 const log = document.getElementById("log");
@@ -41,7 +40,7 @@ function hiddenLines(plot) {
 }
 
 function draw(plot) {
-  const { data, layout } = report.figures[plot.dataset.figure];
+  const { data, layout } = JSON.parse(plot.previousElementSibling.textContent);
   const hidden = hiddenLines(plot), decay = Number(smoothing.value);
   const shown = data.filter((trace) => !hidden.has(trace.name));
   const stacked = data.some((trace) => trace.stackgroup);
