@@ -192,8 +192,28 @@ def test_a_training_image_is_its_own_nearest_neighbour(page):
 def test_the_line_above_the_page_says_which_model_it_is(page, model):
   assert page.examples.name == "digits:test" and len(page.examples.images) == 16
   line = session.describe(model)
-  for fact in ("run", "step 7", "ema", "autoencoder", "8 x 8 x 1 px", "10 classes", "on digits"):
+  for fact in (
+    "run",
+    "step 7",
+    "ema",
+    "autoencoder nano/2",
+    "8 x 8 x 1 px",
+    "10 classes",
+    "on digits",
+  ):
     assert fact in line, fact
+
+
+@pytest.mark.parametrize(
+  "name, shown",
+  [
+    ("latents:/data/my latents/", "latents:my latents"),
+    ("/images/mine", "mine"),
+    ("tfds:imagenet_resized/64x64", "tfds:imagenet_resized/64x64"),
+  ],
+)
+def test_visitors_do_not_see_where_the_data_are(name, shown):
+  assert session.short_name(name) == shown
 
 
 def test_what_a_model_cannot_do_is_said_with_the_reason(model):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -166,6 +167,12 @@ def named_images(data: str, size: Size, data_dir: str = "") -> Source:
 # The model
 
 
+def short_name(data: str) -> str:
+  """Returns the name of data without the folders that lead to it: the page may be public."""
+  kind, colon, path = data.rpartition(":")
+  return f"{kind}{colon}{os.path.basename(path.rstrip('/'))}" if os.path.isabs(path) else data
+
+
 def describe(model: Pretrained) -> str:
   """Returns the line above the page, in Markdown: run, step, size and data."""
   about, config = model.description, config_of(model.folder)
@@ -173,12 +180,12 @@ def describe(model: Pretrained) -> str:
     f"**{'/'.join(model.folder.rstrip('/').split('/')[-2:])}**",
     f"step {model.step}",
     f"{model.weights} weights",
-    about.model["name"],
+    " ".join(about.model[key] for key in ("name", "variant") if key in about.model),
     f"{' x '.join(map(str, model.image_size))} px",
     f"{model.num_classes} classes" if model.num_classes else "no labels",
   ]
-  if config:  # The page may be public: it does not show which folders lead to the data.
-    facts.append(f"trained on {config['data']['name'].rstrip('/').rpartition('/')[2]}")
+  if config:
+    facts.append(f"trained on {short_name(config['data']['name'])}")
   return " · ".join(facts)
 
 
