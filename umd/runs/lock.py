@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from umd.devices import mesh
 from umd.runs import workdir
+from umd.runs.progress import say
 
 FILE = ".lock"
 OWNER = ".lock_owner.json"  # Beside a lock of the kernel: who holds it.
@@ -91,7 +92,8 @@ def _wait_for_lease(folder: str, path: str) -> None:
   Raises:
     ValueError: somebody does.
   """
-  lease = _read(path)
+  if lease := _read(path):
+    say(f"{folder}: a run left its lock; waiting {EXPIRED_SECONDS:.0f} s for a sign of life")
   until = time.monotonic() + EXPIRED_SECONDS
   while lease and time.monotonic() < until:
     time.sleep(RENEWAL_SECONDS / 10)
@@ -114,7 +116,7 @@ def _hold_lease(folder: str) -> Iterator[None]:
 
   def renew():
     while not ended.wait(RENEWAL_SECONDS):
-      with contextlib.suppress(OSError):  # A store that is away for a while is no reason to end.
+      with contextlib.suppress(Exception):  # A store that is away for a while is no reason to end.
         if (owner := _read(path)).get("token", token) != token:
           print(
             f"error: this run was silent for too long. {_refusal(folder, owner)}", file=sys.stderr
@@ -147,7 +149,7 @@ def hold(folders: Sequence[str]) -> Iterator[None]:
       try:
         for folder in folders:
           stack.enter_context(_hold_lease(folder) if workdir.scheme(folder) else _hold_file(folder))
-      except ValueError as error:
+      except (ValueError, OSError) as error:  # It is raised below, in all processes.
         problem = str(error)
     if not mesh.all_agree(not problem):
       raise ValueError(problem or f"{folders[0]!r} is in use by another run, see process 0.")

@@ -55,7 +55,8 @@ class Watch:
   def uninstall(self) -> None:
     for number, handler in self._handlers.items():
       signal.signal(number, handler)
-    self.__init__()
+    self._handlers = {}
+    self.signal = None
 
   def _handle(self, number: int, frame) -> None:
     self.signal = self.signal or number

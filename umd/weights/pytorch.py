@@ -1,10 +1,10 @@
 """PyTorch's files of weights, read without PyTorch and without running what they say.
 
-A .pth holds a pickle, and a pickle is a program: `pickle.load` calls whatever it names.
-`umd.weights.pytorch` carries out the few instructions that a state dict needs and refuses all others,
-so that a file from the internet is data and nothing else. Both formats are read: the zip archive
-that `torch.save` writes since PyTorch 1.6, and the stream of pickles that it wrote before, in
-which the Inception weights that FID needs are published.
+A .pth file holds a pickle, and a pickle is a program: `pickle.load` calls whatever it names. This
+reader carries out the few instructions that a state dict needs and refuses all others, so that a
+file from the internet is data and nothing else. It reads both formats: the zip archive that
+`torch.save` writes since PyTorch 1.6, and the stream of pickles that it wrote before, in which the
+Inception weights that FID needs are published.
 """
 
 import io
@@ -40,24 +40,37 @@ CALLS = {
   "torch._utils._rebuild_parameter",
 }
 # Instructions (names of `pickletools`) that push their argument, and those that push a constant.
-LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
-LITERALS |= {"BINSTRING", "SHORT_BINSTRING"}  # Python 2's strings.
+LITERALS = {
+  "BININT",
+  "BININT1",
+  "BININT2",
+  "LONG1",
+  "BINFLOAT",
+  "BINUNICODE",
+  "SHORT_BINUNICODE",
+  "BINSTRING",  # This and the next are strings of Python 2.
+  "SHORT_BINSTRING",
+}
 CONSTANTS = {
-  **{"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple},
-  **{"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False},
+  "EMPTY_DICT": dict,
+  "EMPTY_LIST": list,
+  "EMPTY_TUPLE": tuple,
+  "NONE": lambda: None,
+  "NEWTRUE": lambda: True,
+  "NEWFALSE": lambda: False,
 }
 
 
 @dataclass(frozen=True)
 class Global:
-  """Something that a pickle names: a name alone, never the thing."""
+  """Something that a pickle names; only its name is kept, and it is never imported."""
 
   name: str
 
 
 @dataclass(frozen=True)
 class Storage:
-  """Where elements lie: `key` of the raw bytes, `numel` elements of `dtype`."""
+  """A flat array: the raw bytes named `key` hold `numel` elements of `dtype`."""
 
   key: str
   dtype: np.dtype
@@ -66,7 +79,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class Tensor:
-  """What a file says of a tensor, unchecked; offset and strides count elements."""
+  """A view of a storage as the file describes it, unchecked; offset and strides count elements."""
 
   storage: Storage
   offset: int
@@ -75,9 +88,9 @@ class Tensor:
 
 
 def unpickle(file: BinaryIO, storages: dict[str, Storage]) -> Any:
-  """The value of the pickle that starts at the file's position; leaves the file at its end.
+  """Returns the value of the pickle at the file's position, and leaves the file at its end.
 
-  Adds the storages that it names to `storages`, by key.
+  The storages that the pickle names are added to `storages`, by key.
   """
   machine = Machine(storages)
   try:
@@ -86,15 +99,15 @@ def unpickle(file: BinaryIO, storages: dict[str, Storage]) -> Any:
         break
       machine.step(op.name, argument)
     return machine.stack.pop()
-  except (IndexError, KeyError):  # More popped than pushed, more recalled than memorised.
+  except (IndexError, KeyError):  # It pops more than it pushed, or recalls what it never stored.
     raise ValueError("its pickle is malformed or truncated.") from None
 
 
 class Machine:
-  """Carries out the instructions of a pickle that make dicts, lists, tuples and tensors.
+  """A stack machine for the instructions of a pickle that make dicts, lists, tuples and tensors.
 
-  What `pickle` would import is a name here, and the three calls that state dicts contain are the
-  three branches of `_call`: there is nothing else that a file could reach.
+  What `pickle` would import is a name here, and the calls that state dicts contain are the branches
+  of `_call`. A file can reach nothing else.
   """
 
   def __init__(self, storages: dict[str, Storage]):
@@ -140,20 +153,21 @@ class Machine:
       raise _refusal(f"the instruction {op}")
 
   def _pop(self, count: int | None) -> list:
-    """The last `count` values, all since the last mark if None."""
+    """Removes and returns the last `count` values; all since the last mark if it is None."""
     if count is None:
       items, self.stack = self.stack, self.marked.pop()
       return items
     return [self.stack.pop() for _ in range(count)][::-1]
 
   def _top(self, kind: type) -> Any:
+    """Returns the value on the stack that an instruction is about to change."""
     if not isinstance(self.stack[-1], kind):
       raise _refusal(f"a change of a {type(self.stack[-1]).__name__}")
     return self.stack[-1]
 
   def _storage(self, described: Any) -> Storage:
     match described:
-      # The last is of PyTorch before 1.6: where in another storage this one lies, ever None.
+      # Before 1.6 there is a last entry, a view of another storage; in published files it is None.
       case ("storage", Global(kind), str(key), str(), int(numel), *view) if (
         kind in DTYPES and numel >= 0 and view in ([], [None])
       ):
@@ -176,7 +190,7 @@ def _fill(target: dict, items: list) -> dict:
   if len(items) % 2:
     raise IndexError
   for key, value in zip(items[::2], items[1::2], strict=True):
-    if type(key) not in (str, int):  # Hashing what is nested deeply would end the process.
+    if type(key) not in (str, int):  # Hashing a deeply nested tuple would overflow the C stack.
       raise _refusal(f"a {type(key).__name__} as a key")
     target[key] = value
   return target
@@ -212,22 +226,23 @@ def _refusal(what: str) -> ValueError:
   )
 
 
-MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # Of the format before PyTorch 1.6.
-
-MAX_DIMS = 64  # PyTorch's and NumPy's.
+# These two begin a file of the format before PyTorch 1.6.
+MAGIC = 0x1950A86A20F9469CFC6C
+PROTOCOL = 1001
+MAX_DIMS = 64  # The limit of PyTorch and of NumPy.
 
 Load = Callable[[Storage], bytes]
 
 
 def read(path: str) -> dict[str, np.ndarray]:
-  """The tensors of a state dict that `torch.save` wrote, by name.
+  """Returns the tensors of a state dict that `torch.save` wrote, by name.
 
-  Arrays are read-only and keep shape and dtype (bfloat16 is ml_dtypes'); those that share a
-  storage in the file share their memory.
+  The arrays are read-only and keep shape and dtype (bfloat16 is that of ml_dtypes). Tensors that
+  share a storage in the file share their memory.
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: it is no PyTorch file, is damaged, holds something else than one state dict, or
+    ValueError: it is no PyTorch file, is damaged, holds something other than one state dict, or
       asks for anything that a state dict does not need.
   """
   if not os.path.isfile(path):
@@ -241,18 +256,13 @@ def read(path: str) -> dict[str, np.ndarray]:
 
 
 def _open(file: BinaryIO) -> tuple[Any, Load]:
-  """What the file's pickle holds, and what fetches the bytes of its storages."""
-  head = file.read(512)
+  """Returns the value of the file's pickle, and a function that loads the bytes of a storage."""
+  head = file.read(16)
   file.seek(0)
-  if head[257:262] == b"ustar":
-    raise ValueError(
-      "it is a tar archive of an early PyTorch. Convert it with PyTorch: "
-      "torch.save(torch.load(old, weights_only=False), new), if you trust the file."
-    )
   if head[:1] == b"\x80":
     return _open_stream(file)
   if head[:4] != b"PK\x03\x04":
-    raise ValueError(f"it is neither a zip archive nor a pickle, but begins with {head[:16]!r}.")
+    raise ValueError(f"it is neither a zip archive nor a pickle, but begins with {head!r}.")
   try:
     return _open_zip(file)
   except zipfile.BadZipFile as error:
@@ -260,7 +270,7 @@ def _open(file: BinaryIO) -> tuple[Any, Load]:
 
 
 def _open_zip(file: BinaryIO) -> tuple[Any, Load]:
-  """The format of PyTorch >= 1.6: ROOT/data.pkl and raw storages as ROOT/data/KEY."""
+  """Opens the format of PyTorch >= 1.6: ROOT/data.pkl and raw storages as ROOT/data/KEY."""
   archive = zipfile.ZipFile(file)
   members = archive.infolist()
   # Before anything is read, the sum of what may be read is bounded by the size of the file.
@@ -305,15 +315,15 @@ def _member(archive: zipfile.ZipFile, name: str) -> bytes:
 
 
 def _open_stream(file: BinaryIO) -> tuple[Any, Load]:
-  """The format before PyTorch 1.6: five pickles, then each storage as int64 numel and raw bytes."""
+  """Opens the format before PyTorch 1.6: five pickles, then storages as int64 numel and bytes."""
   storages: dict[str, Storage] = {}
-  # A pickle may ask for any number of bytes; unlike a file, memory allocates none beyond the end.
+  # A pickle may ask for any number of bytes. `file.read` would allocate them all, a map does not.
   file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
   if unpickle(file, {}) != MAGIC:
     raise ValueError("it is a pickle, but not one of torch.save.")
   if (version := unpickle(file, {})) != PROTOCOL:
-    found = version if type(version) is int else type(version).__name__
-    raise ValueError(f"its protocol is {found}, but only {PROTOCOL} is known.")
+    shown = version if type(version) is int else type(version).__name__
+    raise ValueError(f"its protocol is {shown}, but only {PROTOCOL} is known.")
   system = unpickle(file, {})
   _check_order(isinstance(system, dict) and system.get("little_endian") is True)
   tree, keys = unpickle(file, storages), unpickle(file, {})
@@ -352,7 +362,7 @@ def _cached(load: Load) -> Load:
 
 
 def _state_dict(tree: Any) -> dict[str, Tensor]:
-  """The tree itself if it is names with tensors; otherwise a ValueError that says what it is."""
+  """Returns the tree if it maps names to tensors; raises a ValueError that says what it is if not."""
   if not isinstance(tree, dict):
     raise ValueError(f"it holds a {type(tree).__name__.lower()}, not a state dict.")
   other = [k for k, v in tree.items() if type(k) is not str or not isinstance(v, Tensor)]
@@ -366,7 +376,7 @@ def _state_dict(tree: Any) -> dict[str, Tensor]:
 
 
 def _array(name: str, tensor: Tensor, load: Load) -> np.ndarray:
-  """A read-only view of the storage, once no element of it lies outside."""
+  """Returns a read-only view of the storage, after checking that no element lies outside of it."""
   storage, shape, strides, offset = tensor.storage, tensor.shape, tensor.strides, tensor.offset
   what = (
     f"tensor {name!r} of shape {shape[:MAX_DIMS]}, strides {strides[:MAX_DIMS]}, offset {offset}"
@@ -381,7 +391,7 @@ def _array(name: str, tensor: Tensor, load: Load) -> np.ndarray:
   try:
     if not count:
       return np.empty(shape, storage.dtype)
-    # Axes of length 1 may have strides that fit no machine word, and nothing ever steps there.
+    # An axis of length 1 may have a stride that fits no machine word, but is never stepped along.
     strides = tuple(
       s * itemsize if n > 1 else itemsize for n, s in zip(shape, strides, strict=True)
     )
