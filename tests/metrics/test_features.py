@@ -87,7 +87,7 @@ def test_images_that_never_come_are_an_error():
 
 
 def test_the_fingerprint_changes_with_images_preprocessing_and_network():
-  network, other = (features.Network({}, sha) for sha in ("a", "b"))
+  network, other = (features.LoadedInception({}, sha) for sha in ("a", "b"))
   whole = lambda images, pp="value_range(-1, 1)": from_arrays("x", images, None, 0, pp)
   prints = [
     features.fingerprint(SOURCE, network),

@@ -1,4 +1,4 @@
-"""Nearest neighbours of frozen features as a classifier (DINO's protocol)."""
+"""Classifies frozen features by their nearest neighbours (DINO's protocol)."""
 
 from collections.abc import Sequence
 
@@ -12,21 +12,21 @@ from umd.devices.mesh import batch_sharding, replicated
 from umd.devices.placement import BATCH, WHOLE
 
 TEMPERATURE = 0.07
-BLOCK = 2**26  # Similarities that a device holds at a time (256 MB).
+BLOCK = 2**26  # The similarities that a device holds at a time (256 MB).
 
 
 def _unit(x):
-  """Rows of length 1; a row of zeros stays."""
+  """Scales rows to length 1; a row of zeros stays."""
   return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 def nearest(
   train: Float[np.ndarray, "n d"], test: Float[np.ndarray, "m d"], k: int, mesh: Mesh
 ) -> tuple[Float[np.ndarray, "m k"], Int[np.ndarray, "m k"]]:
-  """Cosine similarity and ids of the k training rows most similar to each test row, best first.
+  """Finds the k training rows most similar to each test row; returns their similarities and ids.
 
-  Test rows are dealt out to the devices; training rows come by in blocks, so that memory is bounded
-  whatever n is.
+  The best comes first; similarity is the cosine. Test rows are dealt out to the devices, and
+  training rows come by in blocks, so that memory is bounded whatever n is.
   """
   n, m = len(train), len(test)
   share = -(-m // mesh.size)
@@ -39,10 +39,10 @@ def nearest(
   def step(query, similarity, ids, block, start):
     at = start + jnp.arange(len(block), dtype=jnp.int32)
     # TPUs and GPUs would round the factors otherwise, and mistake neighbours.
-    found = jnp.matmul(_unit(query), _unit(block).T, precision=jax.lax.Precision.HIGHEST)
-    found = jnp.where(at < n, found, -jnp.inf)
-    ids = jnp.concatenate([ids, jnp.broadcast_to(at, found.shape)], axis=1)
-    best, where = jax.lax.top_k(jnp.concatenate([similarity, found], axis=1), k)
+    cosine = jnp.matmul(_unit(query), _unit(block).T, precision=jax.lax.Precision.HIGHEST)
+    cosine = jnp.where(at < n, cosine, -jnp.inf)
+    ids = jnp.concatenate([ids, jnp.broadcast_to(at, cosine.shape)], axis=1)
+    best, where = jax.lax.top_k(jnp.concatenate([similarity, cosine], axis=1), k)
     return best, jnp.take_along_axis(ids, where, axis=1)
 
   specs = dict(in_specs=(BATCH,) * 3 + (WHOLE, WHOLE), out_specs=BATCH)
@@ -68,18 +68,19 @@ def accuracies(
   ks: Sequence[int],
   mesh: Mesh,
 ) -> dict[int, float]:
-  """Share of test examples that their k nearest training examples vote right, for every k.
+  """Returns, for every k, the share of test examples that k training examples vote right.
 
   A neighbour of cosine similarity s votes for its class with exp(s / .07) (Wu et al. 2018; Caron et
   al. 2021).
   """
-  (x, y), (queries, answers) = train, test
-  similarity, ids = nearest(x, queries, max(ks), mesh)
-  votes, right = np.exp(similarity.astype(np.float64) / TEMPERATURE), dict.fromkeys(ks, 0)
+  (x, y), (x_test, answers) = train, test
+  similarity, ids = nearest(x, x_test, max(ks), mesh)
+  votes = np.exp(similarity.astype(np.float64) / TEMPERATURE)
+  right = dict.fromkeys(ks, 0)
   for rows in np.array_split(np.arange(len(answers)), -(-len(answers) // 4096)):
     for k in ks:
       counts = np.zeros((len(rows), num_classes))
-      of = np.arange(len(rows))[:, None]
-      np.add.at(counts, (of, y[ids[rows, :k]]), votes[rows, :k])
+      queries = np.arange(len(rows))[:, None]
+      np.add.at(counts, (queries, y[ids[rows, :k]]), votes[rows, :k])
       right[k] += int((counts.argmax(axis=1) == answers[rows]).sum())
   return {k: hits / len(answers) for k, hits in right.items()}

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-EPS = 1e-6  # of the batch normalisation, as in MAE's linear probe
-DECAY = 0.9  # of its running statistics
+EPS = 1e-6  # Of the batch normalisation, as in MAE's linear probe.
+DECAY = 0.9  # Of its running statistics.
 
 
 @flax.struct.dataclass
@@ -15,10 +15,10 @@ class ProbeState:
   """All that changes while the heads train.
 
   Attributes:
-    step: int32 scalar, number of steps done.
-    params: {"kernel" [H, D, C], "bias" [H, C]}, one of H heads each.
-    mean, var: running statistics of the features, [D].
-    opt_state: of all heads, leading axis H.
+    step: the number of steps done, an int32 scalar.
+    params: {"kernel" [H, D, C], "bias" [H, C]} of H heads.
+    mean, var: the running statistics of the features, [D].
+    opt_state: the optimiser's state of all heads, with leading axis H.
   """
 
   step: jax.Array
@@ -29,9 +29,9 @@ class ProbeState:
 
 
 def lars(wd: float) -> optax.GradientTransformation:
-  """LARS (You et al. 2017) up to the learning rate, as MAE's probe has it.
+  """Makes LARS (You et al. 2017) up to the learning rate, as MAE's probe has it.
 
-  Weight decay and the trust ratio (coefficient .001) apply to matrices, not to biases; momentum .9
+  Weight decay and the trust ratio (coefficient .001) apply to matrices, not to biases. Momentum .9
   sums updates without their learning rate, which is multiplied on last.
   """
   matrices = lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree)
@@ -42,7 +42,7 @@ def lars(wd: float) -> optax.GradientTransformation:
 
 
 def init_probe(key, heads: int, width: int, num_classes: int, wd: float) -> ProbeState:
-  """`heads` equal heads on features of `width`: they differ by their learning rates alone."""
+  """Makes equal heads on features of a width: they differ by their learning rates alone."""
   kernel = 0.01 * jax.random.normal(key, (width, num_classes))
   one = {"kernel": kernel, "bias": jnp.zeros(num_classes)}
   params = jax.tree.map(lambda x: jnp.stack([x] * heads), one)
@@ -57,7 +57,7 @@ def _logits(params, x: Float[Array, "b d"]) -> Float[Array, "h b c"]:
 
 
 def predict(state: ProbeState, features: Float[Array, "b d"]) -> Float[Array, "h b c"]:
-  """Logits of every head, features normalised by the running statistics."""
+  """Returns the logits of every head, of features normalised by the running statistics."""
   return _logits(state.params, (features - state.mean) * jax.lax.rsqrt(state.var + EPS))
 
 
@@ -68,7 +68,7 @@ def train_probe(
   lrs: Float[Array, "h"],
   wd: float,
 ) -> tuple[ProbeState, Float[Array, "h"]]:
-  """One step of every head on a batch; returns the new state and the losses.
+  """Trains every head for one step on a batch; returns the new state and the losses.
 
   Features are normalised by the batch's mean and variance, without a scale or bias of their own.
   """
@@ -96,6 +96,6 @@ def train_probe(
 
 
 def hits(logits: Float[Array, "h b c"], labels: Int[Array, "b"], k: int) -> Float[Array, "b h"]:
-  """1 where the label is among the k largest logits."""
+  """Returns 1 where the label is among the k largest logits, else 0."""
   _, top = jax.lax.top_k(logits, k)
   return (top == labels[None, :, None]).any(axis=-1).astype(jnp.float32).T

@@ -1,6 +1,6 @@
-"""Distances between sets of images that look at pairs of examples, on features of some network.
+"""Metrics of sets of images that compare examples in pairs, on features of some network.
 
-As in `umd.metrics.frechet`, the network is the caller's business: with Inception's features the kernel
+As in `umd.metrics.frechet`, the caller chooses the network: with Inception's features the kernel
 distance is the KID, and precision and recall are those of ADM's evaluator.
 """
 
@@ -27,12 +27,12 @@ def kernel_distance(
   gamma: float | None = None,
   coef0: float = 1.0,
 ) -> tuple[float, float]:
-  """Mean and standard deviation over random subsets of the unbiased MMD^2 (Binkowski et al. 2018).
+  """Returns mean and deviation over random subsets of the unbiased MMD^2 (Binkowski et al. 2018).
 
-  The kernel is (gamma <a, b> + coef0)^degree, gamma 1 / d unless given. Subsets, defaults and
-  the deviation (not its estimate for a population) are those of torch-fidelity. Features x [n, d]
-  and y [m, d] of less than 32 bits are taken as float32; kernels are computed in their type, sums
-  in float64, which for float32 is off by about 1e-8 times the mean kernel.
+  The kernel is (gamma <a, b> + coef0)^degree, gamma being 1 / d unless it is given. Subsets,
+  defaults and the deviation (not its estimate for a population) are those of torch-fidelity.
+  Features x [n, d] and y [m, d] of less than 32 bits are taken as float32. Kernels are computed in
+  their type and summed in float64, which for float32 is off by about 1e-8 times the mean kernel.
 
   Raises:
     ValueError: feature sizes differ, or a set is smaller than a subset, or a subset has no pairs.
@@ -52,19 +52,19 @@ def kernel_distance(
   def kernel(a, b):
     return (a @ b.T * gamma + coef0) ** degree
 
-  def pairs(a):  # Mean over pairs of different examples.
+  def pairs(a):
+    """Averages over pairs of different examples; with the diagonal the estimate were biased."""
     k = kernel(a, a)
-    each = k.sum(dtype=np.float64) - np.trace(k, dtype=np.float64)
-    return each / (subset_size * (subset_size - 1))
+    total = k.sum(dtype=np.float64) - np.trace(k, dtype=np.float64)
+    return total / (subset_size * (subset_size - 1))
 
-  found = np.zeros(subsets)
+  distances = np.zeros(subsets)
   for i in range(subsets):
-    # Not one generator's newer `choice`: the subsets are to be torch-fidelity's.
-    a, b = (
-      s[rng.choice(len(s), subset_size, replace=False)].astype(dtype, copy=False) for s in (x, y)
-    )
-    found[i] = pairs(a) + pairs(b) - 2.0 * kernel(a, b).mean(dtype=np.float64)
-  return float(found.mean()), float(found.std())
+    # The old RandomState draws the subsets that torch-fidelity draws.
+    a = x[rng.choice(len(x), subset_size, replace=False)].astype(dtype, copy=False)
+    b = y[rng.choice(len(y), subset_size, replace=False)].astype(dtype, copy=False)
+    distances[i] = pairs(a) + pairs(b) - 2.0 * kernel(a, b).mean(dtype=np.float64)
+  return float(distances.mean()), float(distances.std())
 
 
 def _squared_distances(
@@ -73,22 +73,23 @@ def _squared_distances(
   b: Float[Array, "c d"],
   b_norms: Float[Array, "c"],
 ) -> Float[Array, "r c"]:
-  """|a - b|^2 = |a|^2 - 2 <a, b> + |b|^2; infinite where a norm is."""
+  """Computes |a - b|^2 = |a|^2 - 2 <a, b> + |b|^2, which is infinite where a norm is."""
   norms = a_norms[:, None] + b_norms
-  found = norms - 2.0 * jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
-  return jnp.where(found < ROUNDING * norms, 0.0, found)
+  squares = norms - 2.0 * jnp.matmul(a, b.T, precision=jax.lax.Precision.HIGHEST)
+  return jnp.where(squares < ROUNDING * norms, 0.0, squares)
 
 
 @functools.partial(jax.jit, static_argnames="k")
 def _radii(rows, columns, *, k: int) -> Float[Array, "r"]:
-  """Squared distance of each row to its k-th nearest other; `columns` hold the rows as well.
+  """Computes the squared distance of each row to its k-th nearest other among `columns`.
 
-  The nearest is the row itself, so that of k + 1 smallest distances the last is meant.
+  The columns hold the rows as well, and the nearest to a row is the row itself: the radius is the
+  last of the k + 1 smallest distances.
   """
 
   def step(nearest, block):
-    found = jnp.concatenate([nearest, _squared_distances(*rows, *block)], axis=1)
-    return -jax.lax.top_k(-found, k + 1)[0], None
+    distances = jnp.concatenate([nearest, _squared_distances(*rows, *block)], axis=1)
+    return -jax.lax.top_k(-distances, k + 1)[0], None
 
   start = jnp.full((rows[0].shape[0], k + 1), jnp.inf)
   return jax.lax.scan(step, start, columns)[0][:, -1]
@@ -96,22 +97,23 @@ def _radii(rows, columns, *, k: int) -> Float[Array, "r"]:
 
 @jax.jit
 def _inside(rows, row_radii, columns, column_radii):
-  """Whether each row is in the ball of any column [r], and each column in that of any row."""
+  """Says whether each row is in the ball of any column [r], and each column in that of any row."""
 
   def step(rows_in, block):
     *column, radii = block
-    found = _squared_distances(*rows, *column)
-    return rows_in | (found <= radii).any(axis=1), (found <= row_radii[:, None]).any(axis=0)
+    distances = _squared_distances(*rows, *column)
+    columns_in = (distances <= row_radii[:, None]).any(axis=0)
+    return rows_in | (distances <= radii).any(axis=1), columns_in
 
   start = jnp.zeros(rows[0].shape[0], bool)
   return jax.lax.scan(step, start, (*columns, column_radii))
 
 
 def _origin(x: np.ndarray) -> np.ndarray:
-  """A point [d] amid the data, from where squares are small and lose little to rounding.
+  """Chooses a point [d] amid the data, from where squares are small and lose little to rounding.
 
-  It is a multiple of a power of two about as large as the deviations: whole numbers stay whole, so
-  that distances that are equal stay equal.
+  The point is a multiple of a power of two about as large as the deviations: whole numbers stay
+  whole, so that equal distances stay equal.
   """
   few = x[:1000].astype(np.float64)
   unit = 2.0 ** np.floor(np.log2(max(few.std(axis=0).mean(), np.finfo(np.float32).tiny)))
@@ -119,7 +121,7 @@ def _origin(x: np.ndarray) -> np.ndarray:
 
 
 def _blocks(x: np.ndarray, origin: np.ndarray, block: int) -> tuple[Array, Array]:
-  """x - origin [blocks, size, d] and its squared norms [blocks, size], infinite for padding.
+  """Cuts x - origin into [blocks, size, d], with squared norms [blocks, size], inf for padding.
 
   The size is at most `block`, and such that there is little padding.
   """
@@ -139,13 +141,13 @@ def precision_recall(
   *,
   block: int = 2048,
 ) -> tuple[float, float]:
-  """Shares of samples near the reference, and of the reference near samples.
+  """Returns the shares of samples near the reference, and of the reference near samples.
 
-  Precision and recall of Kynkaanniemi et al. 2019: an example is near a set if it is in the ball of
-  any of its points, whose radius is the distance to that set's k-th nearest other point. Reference
-  [n, d], samples [m, d]; squared distances in float32 on the default device, which holds both sets
-  and a few blocks of at most `block` x `block` distances at a time. ADM's evaluator rounds to
-  float16 where that does not overflow, so that its numbers differ in the last digits.
+  These are precision and recall of Kynkaanniemi et al. 2019: an example is near a set if it is in
+  the ball of any of its points, whose radius is the distance to that set's k-th nearest other
+  point. Reference [n, d], samples [m, d]; squared distances are float32, on the default device,
+  which holds both sets and a few blocks of at most `block` x `block` distances at a time. ADM's
+  evaluator rounds to float16 where that does not overflow: its numbers differ in the last digits.
 
   Raises:
     ValueError: a set has no k others to a point, feature sizes differ, or values are not finite.
@@ -166,8 +168,8 @@ def precision_recall(
   real, fake = (_blocks(x, origin, block) for x in (reference, samples))
 
   def radii(x):
-    found = jnp.stack([_radii(rows, x, k=k) for rows in zip(*x, strict=True)])
-    return jnp.where(jnp.isinf(x[1]), -1.0, found)  # No example is in the ball of padding.
+    squares = jnp.stack([_radii(rows, x, k=k) for rows in zip(*x, strict=True)])
+    return jnp.where(jnp.isinf(x[1]), -1.0, squares)  # No example is in the ball of padding.
 
   real_radii, fake_radii = radii(real), radii(fake)
   near_fake = np.zeros(real[1].shape, bool)

@@ -1,4 +1,4 @@
-"""From [-1, 1] to the 256 levels of image files, in the ways that papers have it.
+"""Rounds images in [-1, 1] to the 256 levels of image files, in the ways of several papers.
 
 Samples are measured as they would be read back from a file. The ways differ by up to one level, so
 a result should say which was used.
@@ -24,7 +24,7 @@ def check(how: str) -> None:
 
 
 def quantize(images: Float[Array, "*b h w c"], how: str) -> Float[Array, "*b h w c"]:
-  """Images in [-1, 1] as levels 0..255, whole numbers unless `how` is "none"; others are clipped.
+  """Maps images in [-1, 1] to levels 0..255, whole unless `how` is "none"; others are clipped.
 
   Only "round" gives back the levels of images that were read from 8 bits: in float32 127.5 (x + 1)
   lies a little below them as often as above.

@@ -3,15 +3,16 @@
 import numpy as np
 from jaxtyping import Float, Int
 
-BIAS = 100.0  # Value of the constant feature: large, so that the penalty hardly touches the bias.
+BIAS = 100.0  # The value of the constant feature: large, so that the penalty spares the bias.
 
 
 class Ridge:
-  """Least squares to targets +-1 with an l2 penalty, solved for many penalties from one eigh.
+  """Least squares to targets +-1 with an l2 penalty; one decomposition serves all penalties.
 
   Features are standardised by the training examples' mean and deviation (+ 1e-5), and a constant
-  feature is added. The smaller of x^T x and x x^T is decomposed, in float64, so few examples with
-  many features cost as little as the reverse.
+  feature is added. With x^T x = V diag(s) V^T the weights are V (V^T x^T y / (s + l2)). If there are
+  fewer examples than features, x x^T is decomposed instead, for (x^T x + l2)^-1 x^T =
+  x^T (x x^T + l2)^-1. All is computed in float64.
   """
 
   def __init__(self, x: Float[np.ndarray, "n d"], y: Int[np.ndarray, "n"], num_classes: int):
@@ -35,11 +36,11 @@ class Ridge:
     return np.concatenate([x, np.full((len(x), 1), BIAS)], axis=1)
 
   def weights(self, l2: float) -> Float[np.ndarray, "d1 c"]:
-    """Coefficients of the standardised features and, last, of the constant one."""
+    """Returns coefficients of the standardised features and, last, of the constant one."""
     return self._left @ (self._right / (self._values + l2)[:, None])
 
   def accuracy(self, x: Float[np.ndarray, "m d"], y: Int[np.ndarray, "m"], l2: float) -> float:
-    """Share of examples whose largest output is their class."""
+    """Returns the share of examples whose largest output is their class."""
     weights, right = self.weights(l2), 0
     for start in range(0, len(x), 4096):  # Of many examples, a part is in memory at a time.
       outputs = self._features(x[start : start + 4096]) @ weights

@@ -156,7 +156,8 @@ class Run:
     if step == NEWEST:
       params, step = checkpoint.load_params(self.folder, which)
       return params, which, step
-    steps = integrity.steps(checkpoints(self.folder))
+    folder = checkpoint.folder_of(self.folder)
+    steps = integrity.steps(folder)
     shown = ", ".join(map(str, sorted(steps)))
     step = self._best(steps) if step == BEST else step
     if isinstance(step, bool) or not isinstance(step, int):
@@ -165,7 +166,7 @@ class Run:
       raise FileNotFoundError(
         f"step={step}: {self.folder!r} has no such checkpoint; it has {shown}."
       )
-    path = epath.Path(checkpoints(self.folder)) / str(step)
+    path = epath.Path(folder) / str(step)
     if problem := integrity.verify(path):
       raise ValueError(
         f"step={step}: that checkpoint of {self.folder!r} is damaged: {problem}. Name "
@@ -176,7 +177,8 @@ class Run:
   def _best(self, steps: Sequence[int]) -> int:
     from umd.runs import checkpoint, integrity
 
-    best, folder = self.config["checkpoint"]["best"], epath.Path(checkpoints(self.folder))
+    best = self.config["checkpoint"]["best"]
+    folder = epath.Path(checkpoint.folder_of(self.folder))
     metrics = {step: integrity.read_metrics(folder / str(step)) for step in steps}
     step = checkpoint.Retention(best=best).best_step(steps, metrics) if best else None
     if step is None:
@@ -226,11 +228,6 @@ def open_run(path: str, **settings) -> Run:
   return dataclasses.replace(run, description=dataclasses.replace(run.description, model=model))
 
 
-def checkpoints(path: str) -> str:
-  """Returns the folder of a run's checkpoints."""
-  return os.path.join(path if folders.scheme(path) else os.path.abspath(path), "checkpoints")
-
-
 def _read_json(folder: str, name: str) -> dict | None:
   path = folders.join(folder, name)
   try:
@@ -257,9 +254,10 @@ def _stages(folder: str) -> list[str]:
 
 
 def _has_checkpoint(folder: str) -> bool:
-  from umd.runs import integrity
+  from umd.runs import checkpoint, integrity
 
-  return folders.exists(checkpoints(folder)) and bool(integrity.steps(checkpoints(folder)))
+  checkpoints = checkpoint.folder_of(folder)
+  return folders.exists(checkpoints) and bool(integrity.steps(checkpoints))
 
 
 def _open_workdir(folder: str, config: Mapping) -> Run:
@@ -355,8 +353,10 @@ def locate(reference: str, workdir: str) -> str:
   """
   if reference.startswith(STAGE):
     return os.path.join(workdir, reference.removeprefix(STAGE))
+  from umd.runs import checkpoint
+
   inside = os.path.join(reference, "pretrain")
-  has_checkpoints = lambda path: folders.exists(checkpoints(path))
+  has_checkpoints = lambda path: folders.exists(checkpoint.folder_of(path))
   if reference and not has_checkpoints(reference) and has_checkpoints(inside):
     return inside
   return reference
