@@ -10,8 +10,8 @@ class Ridge:
   """Least squares to targets +-1 with an l2 penalty; one decomposition serves all penalties.
 
   Features are standardised by the training examples' mean and deviation (+ 1e-5), and a constant
-  feature is added. With x^T x = V diag(s) V^T the weights are V (V^T x^T y / (s + l2)). If there are
-  fewer examples than features, x x^T is decomposed instead, for (x^T x + l2)^-1 x^T =
+  feature is added. With x^T x = V diag(s) V^T the weights are V (V^T x^T y / (s + l2)). If there
+  are fewer examples than features, x x^T is decomposed, for (x^T x + l2)^-1 x^T =
   x^T (x x^T + l2)^-1. All is computed in float64.
   """
 
