@@ -181,8 +181,11 @@ class Path(abc.ABC):
     if not self.timesteps:
       return function(t.astype(jnp.float32))
     # Whole times read a table in float64, so that float32 rounds once and at the end.
-    table = self._at(function, self.grid)
-    return jax.tree.map(lambda column: jnp.asarray(column, jnp.float32)[t], table)
+    values = self._at(function, self.grid)
+    if not isinstance(values, tuple):
+      return jnp.asarray(values, jnp.float32)[t]
+    table = jnp.asarray(np.stack(values, axis=1), jnp.float32)
+    return table[t, 0], table[t, 1]
 
 
 def _module(t):
