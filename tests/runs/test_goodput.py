@@ -82,17 +82,6 @@ def test_downtime_and_steps_done_again_are_lost(tmp_path, clock):
   assert seconds(second, 180) == expected
 
 
-def test_without_its_checkpoint_all_steps_are_lost(tmp_path, clock):
-  first = Goodput(str(tmp_path), clock)
-  for _ in train(first, clock, range(1, 3)):
-    first.shares()
-  with first.save(2):
-    pass
-  second = Goodput(str(tmp_path), clock)
-  second.resume(0)
-  assert seconds(second, 35) == {"compile": 30, "input_wait": 1, "lost": 4}
-
-
 def test_the_wait_for_input_is_told_of_each_interval_alone(tmp_path, clock):
   goodput = Goodput(str(tmp_path), clock)
   clock.now += 5
@@ -107,17 +96,6 @@ def test_the_wait_for_input_is_told_of_each_interval_alone(tmp_path, clock):
       shares.append(goodput.input_wait())
   assert shares == pytest.approx([1 / 5, 1 / 10.5, 1 / 5])
   assert goodput.input_wait() == 0
-
-
-def test_a_start_that_goes_back_begins_a_new_interval(tmp_path, clock):
-  first = Goodput(str(tmp_path), clock)
-  for _ in train(first, clock, range(1, 4)):
-    first.shares()
-  second = Goodput(str(tmp_path), clock)
-  second.resume(0)
-  for _ in train(second, clock, range(1, 4)):
-    pass
-  assert second.input_wait() == pytest.approx(1.5 / 7.5)
 
 
 def test_an_error_within_a_timer_does_not_change_what_comes_after(tmp_path, clock):

@@ -151,13 +151,6 @@ def test_a_damaged_checkpoint_is_moved_aside_and_its_step_saved_again(run, how):
   assert (run / "checkpoints" / "damaged_2_2").is_dir()
 
 
-def test_metadata_of_another_kind_does_not_keep_a_run_from_opening(run):
-  metadata = run / "checkpoints" / "1" / "_CHECKPOINT_METADATA"
-  metadata.write_text('{"commit_timestamp_nsecs": "yesterday", "item_handlers": 3}')
-  with Checkpoints(str(run)) as checkpoints:
-    assert checkpoints.restore_newest(make_state(4, 0))[2:] == (2, [])
-
-
 def test_if_all_are_damaged_nothing_starts_anew_or_is_moved(run):
   for step in ("1", "2"):
     damage(run / "checkpoints" / step / "state" / "_METADATA", "emptied")

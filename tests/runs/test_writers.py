@@ -1,6 +1,5 @@
 """Writers: every value reaches every sink, resumed runs have whole lines, wandb is harmless."""
 
-import io
 import json
 import os
 import sys
@@ -290,13 +289,6 @@ def test_records_at_an_address_appear_at_flush_or_within_a_minute_and_resume(mon
   again.values(4, {"loss": 0.25})
   again.close()
   assert writers.read_jsonl(path)[3:] == [{"step": 4, "loss": 0.25}]
-
-
-def test_pictures_are_written_at_an_address(remote):
-  pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
-  Writer([PngFolder(remote)]).write(12, {"eval/images": Images(pixels), "loss": 0.25})
-  written = folder.read_bytes(f"{remote}/images/eval/images_00000012.png")
-  np.testing.assert_array_equal(Image.open(io.BytesIO(written)), pixels)
 
 
 def test_wandb_keeps_its_id_at_the_address_and_its_files_on_this_machine(monkeypatch, remote):

@@ -94,15 +94,6 @@ def test_a_file_is_downloaded_once_and_is_whole(server, cache):
   assert re.fullmatch(r"w\.pth: 100 %, 0\.7 of 0\.7 MB, [0-9.]+ MB/s", lines[-1])
 
 
-def test_a_download_tells_how_far_it_is(server, cache, monkeypatch):
-  monkeypatch.setattr(download, "PROGRESS_EVERY", 0)
-  monkeypatch.setattr(download, "CHUNK", 100_000)
-  lines = []
-  find(server.remote(), progress=lines.append)
-  percents = [int(re.search(r"(\d+) %", line)[1]) for line in lines[1:]]
-  assert percents == [14, 28, 42, 57, 71, 85, 99, 100]
-
-
 def test_a_cached_file_needs_no_network(cache):
   cache.mkdir(parents=True)
   (cache / "w.pth").write_bytes(CONTENTS)
@@ -184,13 +175,6 @@ def test_a_server_that_does_not_answer_is_given_up(server, cache, monkeypatch):
   assert list(cache.iterdir()) == []
 
 
-@pytest.mark.parametrize("url", ["file:///etc/hostname", "ftp://127.0.0.1/a", "gs://a/b", "w.pth"])
-def test_only_http_is_downloaded(server, cache, url):
-  with pytest.raises(ValueError, match="must begin with http"):
-    find(server.remote(url=url), progress=lambda line: None)
-  assert not cache.exists()
-
-
 def test_a_damaged_file_in_the_cache_is_reported_and_replaced(server, cache):
   cache.mkdir(parents=True)
   (cache / "w.pth").write_bytes(CONTENTS[:1000])
@@ -255,22 +239,6 @@ def test_a_folder_that_cannot_be_made_is_an_error_before_the_network(server, tmp
   with pytest.raises(FileNotFoundError, match=remedies(server.remote(), tmp_path / "file/cache")):
     find(server.remote(), progress=lambda line: None)
   assert server.requests == 0
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
-def test_a_full_disk_is_an_error_with_remedies(server, cache, monkeypatch):
-  """The file's name is a link to a device on which every write fails."""
-  monkeypatch.setattr(download.secrets, "token_hex", lambda n: "same")
-  monkeypatch.setattr("builtins.open", lambda path, mode: _full(path, mode))
-  remote = server.remote()
-  with pytest.raises(FileNotFoundError, match=remedies(remote, cache / "w.pth")) as error:
-    find(remote, progress=lambda line: None)
-  assert "No space left" in str(error.value)
-
-
-def _full(path, mode):
-  assert path.endswith("w.pth.same.part") and mode == "xb"
-  return os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb")
 
 
 def test_downloads_go_through_the_proxy_of_the_environment(server, cache, monkeypatch):

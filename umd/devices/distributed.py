@@ -47,20 +47,14 @@ class Variables(NamedTuple):
   local_size: str
 
 
+def _by_prefix(prefix: str) -> Variables:
+  return Variables(*(f"{prefix}_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")))
+
+
 SLURM = Variables("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "")
 MPI = {
-  "Open MPI": Variables(
-    "OMPI_COMM_WORLD_RANK",
-    "OMPI_COMM_WORLD_SIZE",
-    "OMPI_COMM_WORLD_LOCAL_RANK",
-    "OMPI_COMM_WORLD_LOCAL_SIZE",
-  ),
-  "MVAPICH": Variables(
-    "MV2_COMM_WORLD_RANK",
-    "MV2_COMM_WORLD_SIZE",
-    "MV2_COMM_WORLD_LOCAL_RANK",
-    "MV2_COMM_WORLD_LOCAL_SIZE",
-  ),
+  "Open MPI": _by_prefix("OMPI_COMM_WORLD"),
+  "MVAPICH": _by_prefix("MV2_COMM_WORLD"),
   "MPICH or Intel MPI": Variables("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 }
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"

@@ -5,7 +5,6 @@ import http.client
 import os
 import secrets
 import time
-import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -129,7 +128,7 @@ class Remote:
 
   Attributes:
     name: of the file in the cache.
-    url: http or https.
+    url: where it is.
     sha256: of its contents, in hexadecimal digits.
     size: in bytes.
   """
@@ -224,10 +223,8 @@ def _download(remote: Remote, target: str, progress: Tell) -> None:
 
   Raises:
     OSError, HTTPException: it could not be had or stored.
-    ValueError: it is not what was published, or the address is not of http or https.
+    ValueError: it is not what was published.
   """
-  if urllib.parse.urlsplit(remote.url).scheme not in ("http", "https"):
-    raise ValueError("the address must begin with http:// or https://")
   os.makedirs(os.path.dirname(target), exist_ok=True)
   opener = urllib.request.build_opener()  # With the proxies of the environment.
   partial = f"{target}.{secrets.token_hex(6)}.part"
