@@ -347,7 +347,6 @@ def about(run: Run) -> dict:
     **{name: getattr(run, name) for name in ("label", "state", "step", "steps", "headline")},
     "latest": {name: rounded(series.values[-1:])[0] for name, series in run.metrics.items()},
     "words": {name: texts[max(texts)] for name, texts in run.words.items()},
-    "changed": workdir.differences(run.default, run.config) if run.default else None,
   }
 
 
