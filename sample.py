@@ -167,7 +167,7 @@ def animate(args: argparse.Namespace, model: Pretrained) -> None:
 
 
 def interval(text: str) -> tuple[float, float]:
-  """ "0.1,0.8" for argparse."""
+  """Reads "0.1,0.8" for argparse."""
   low, high = map(float, text.split(","))
   return low, high
 
@@ -179,7 +179,9 @@ def checkpoint(text: str) -> int | str:
 
 def boolean(text: str) -> bool:
   """Reads true or false for argparse."""
-  return {"true": True, "false": False}[text.lower()]
+  if text.lower() not in ("true", "false"):
+    raise ValueError
+  return text.lower() == "true"
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -64,31 +64,31 @@ class Path(abc.ABC):
   @property
   @abc.abstractmethod
   def end(self) -> float:
-    """The time at which x_t is noise."""
+    """Returns the time at which x_t is noise."""
 
   @abc.abstractmethod
   def mix(self, t) -> Coefs:
-    """(alpha, sigma) at floats t, or at whole NumPy times."""
+    """Returns (alpha, sigma) at floats t, or at whole NumPy times."""
 
   @abc.abstractmethod
   def velocity(self, t) -> Coefs:
-    """Coefficients of v = d x_t / d tau, with x0 and eps held fixed."""
+    """Returns the coefficients of v = d x_t / d tau, with x0 and eps held fixed."""
 
   @abc.abstractmethod
   def tau(self, t):
-    """The coordinate of time in which v is finite at both ends; 0 at t = 0, and increasing."""
+    """Returns the coordinate of time in which v is finite at both ends: 0 at t = 0, increasing."""
 
   def input_scale(self, t: Times):
-    """The factor by which x_t is multiplied before a network sees it."""
+    """Returns the factor by which x_t is multiplied before a network sees it."""
     return 1.0
 
   def time_input(self, t: Times):
-    """The number by which a network is told the time."""
+    """Returns the number by which a network is told the time."""
     return t
 
   @property
   def quantities(self) -> Mapping[str, Callable]:
-    """{name: function of t} of all quantities of the path, see the top of this file."""
+    """Returns {name: coefficients as a function of t}, see the top of this file."""
     return {
       "x_t": self.mix,
       "x0": lambda t: (1.0 + 0.0 * t, 0.0 * t),
@@ -99,11 +99,11 @@ class Path(abc.ABC):
 
   @property
   def grid(self) -> np.ndarray:
-    """All whole times from 0 to the end, or a thousand real ones."""
+    """Returns all whole times from 0 to the end, or a thousand steps of real ones."""
     return np.arange(self.timesteps + 1) if self.timesteps else np.linspace(0, self.end, 1001)
 
   def coefs(self, kind: str, t: Times) -> Coefs:
-    """Coefficients (of x0, of eps) of the quantity `kind` at times t, each of the shape of t.
+    """Returns the coefficients (of x0, of eps) of `kind` at times t, each of the shape of t.
 
     Raises:
       ValueError: the path does not know `kind`.
@@ -115,11 +115,11 @@ class Path(abc.ABC):
     return self._at(self.quantities[kind], t)
 
   def progress(self, t: Times):
-    """tau at times t."""
+    """Returns tau at times t."""
     return self._at(self.tau, t)
 
   def half_log_snr(self, t: Times):
-    """lambda = log(alpha / sigma), the time of DPM-Solver (Lu et al. 2022); infinite at t = 0."""
+    """Returns log(alpha / sigma), DPM-Solver's lambda (Lu et al. 2022); it is infinite at t = 0."""
 
     def lam(t):
       alpha, sigma = self.mix(t)
@@ -129,7 +129,7 @@ class Path(abc.ABC):
     return self._at(lam, t)
 
   def time_of(self, half_log_snr: np.ndarray) -> np.ndarray:
-    """The times of given half log-SNRs, real also where the path's times are whole."""
+    """Inverts `half_log_snr`, to real times also where the path's times are whole."""
     lam = self.half_log_snr(self.grid)
     finite = np.isfinite(lam)
     return np.interp(-half_log_snr, -lam[finite], self.grid[finite])
@@ -137,7 +137,7 @@ class Path(abc.ABC):
   def combine(
     self, kind: str, x0: Float[Array, "b ..."], eps: Float[Array, "b ..."], t: Times
   ) -> Float[Array, "b ..."]:
-    """The quantity `kind` of the pair (x0, eps); `combine("x_t", ...)` adds the noise.
+    """Combines (x0, eps) to the quantity `kind`; `combine("x_t", ...)` adds the noise.
 
     t has the leading axes of x0, or all of them (of length 1 or as in x0).
     """
@@ -157,22 +157,22 @@ class Path(abc.ABC):
     return (b * x_t - sigma * pred) / det, (alpha * pred - a * x_t) / det
 
   def singular(self, kind: str, t: Times) -> Truths:
-    """Whether (x_t, `kind`) does not determine (x0, eps) at times t."""
+    """Tells at which of the times t (x_t, `kind`) does not determine (x0, eps)."""
     t = np.asarray(t)
     (alpha, sigma), (a, b) = self.coefs("x_t", t), self.coefs(kind, t)
     return ~np.isfinite(b) | (alpha * b == sigma * a)
 
   def invertible(self, kind: str) -> bool:
-    """Whether (x_t, `kind`) determines (x0, eps) at all times but 0, as samplers need."""
+    """Tells whether (x_t, `kind`) determines (x0, eps) at all times but 0, as samplers need."""
     return not self.singular(kind, self.grid[1:]).any()
 
   def unpredictable(self, kind: str, t: Times) -> Truths:
-    """Whether `kind` asks for noise that x_t does not contain, at times t."""
+    """Tells at which of the times t `kind` asks for noise that x_t does not contain."""
     t = np.asarray(t)
     return (self.coefs("x_t", t)[1] == 0) & (self.coefs(kind, t)[1] != 0)
 
   def _at(self, function: Callable, t: Times):
-    """A function of NumPy or JAX times at t."""
+    """Evaluates a function of NumPy or JAX times at t."""
     if not isinstance(t, jax.Array):
       with np.errstate(divide="ignore", invalid="ignore"):
         return function(np.asarray(t))
@@ -189,7 +189,7 @@ class Path(abc.ABC):
 
 
 def _module(t):
-  """The library that computes with t."""
+  """Returns the library that computes with t."""
   return jnp if isinstance(t, jax.Array) else np
 
 
@@ -214,11 +214,11 @@ class _Schedule(Path):
   @property
   @abc.abstractmethod
   def betas(self) -> np.ndarray:
-    """[T]: 1 - alpha_bar(t) / alpha_bar(t - 1) for t = 1..T."""
+    """Returns 1 - alpha_bar(t) / alpha_bar(t - 1) for t = 1..T, [T]."""
 
   @functools.cached_property
   def alpha_bar(self) -> np.ndarray:
-    """[T + 1]: alpha^2 at whole times."""
+    """Returns alpha^2 at whole times, [T + 1]."""
     return np.concatenate([[1.0], np.cumprod(1.0 - self.betas)])
 
   @property
@@ -340,7 +340,7 @@ class _Exploding(Path):
     return np.exp(-half_log_snr)
 
   def _log_sigma(self, t: Times):
-    """log(sigma). Less noise than sigma_min is none: an image at t = 0 is told as sigma_min."""
+    """Returns log(sigma) for a network; less noise than sigma_min, and none, is told as sigma_min."""
     xp = _module(t)
     return xp.log(xp.maximum(t, self.sigma_min))
 
@@ -388,16 +388,16 @@ class EDM(_Exploding):
     return {**super().quantities, "F": self.network_output}
 
   def network_output(self, t) -> Coefs:
-    """Coefficients of F."""
+    """Returns the coefficients of F."""
     c_in = self.input_scale(t)
     return t / self.sigma_data * c_in, -self.sigma_data * c_in
 
   def input_scale(self, t):
-    """c_in."""
+    """Returns c_in."""
     return 1.0 / _module(t).sqrt(t**2 + self.sigma_data**2)
 
   def time_input(self, t):
-    """c_noise."""
+    """Returns c_noise."""
     return self._log_sigma(t) / 4
 
 

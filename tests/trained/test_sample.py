@@ -231,8 +231,9 @@ def test_flags_of_sampling_are_its_settings():
   wanted |= dict(guidance_interval=(0.1, 0.8), clip_x0=False)
   assert {k: v for k, v in given.items() if v is not None} == wanted
   assert given.keys() == {field.name for field in dataclasses.fields(Sampling)}
-  with pytest.raises(SystemExit):
-    sample.parse(["--workdir", "x", "--spacing", "log"])
+  for wrong in (["--spacing", "log"], ["--clip_x0", "maybe"]):
+    with pytest.raises(SystemExit):
+      sample.parse(["--workdir", "x", *wrong])
 
 
 BAD = {

@@ -10,9 +10,9 @@ RHO = 7.0  # Karras et al. 2022, eq. 5.
 
 
 def _by_log_snr(path: Path, steps: int, spread: Callable[[float, float], np.ndarray]) -> np.ndarray:
-  """The end, then the times of the half log-SNRs `spread(first, last)`, [S], but the first, then 0.
+  """Spaces times by their half log-SNRs, `spread(first, last)`, [S].
 
-  The ends of the path may have infinite log-SNRs, so the range is cut, see `Path.log_snr_range`.
+  The first time is the end of the path all the same, and 0 follows after the last. The ends of the path may have infinite log-SNRs, so the range is cut, see `Path.log_snr_range`.
   """
   if steps == 1:
     return uniform(path, steps)
@@ -26,22 +26,22 @@ def _by_log_snr(path: Path, steps: int, spread: Callable[[float, float], np.ndar
 
 
 def uniform(path: Path, steps: int) -> np.ndarray:
-  """Even in t."""
+  """Spaces times evenly in t."""
   return np.linspace(path.end, 0, steps + 1)
 
 
 def quadratic(path: Path, steps: int) -> np.ndarray:
-  """Even in the root of t (Song et al. 2021, appendix D.2): denser the cleaner."""
+  """Spaces times evenly in the root of t (Song et al. 2021, appendix D.2): denser the cleaner."""
   return path.end * np.linspace(1, 0, steps + 1) ** 2
 
 
 def log_snr(path: Path, steps: int) -> np.ndarray:
-  """Even in the log-SNR but for the last step (Lu et al. 2022)."""
+  """Spaces times evenly in the log-SNR but for the last step (Lu et al. 2022)."""
   return _by_log_snr(path, steps, lambda first, last: np.linspace(first, last, steps))
 
 
 def karras(path: Path, steps: int) -> np.ndarray:
-  """Even in (sigma / alpha)^(1/7) but for the last step (Karras et al. 2022, eq. 5)."""
+  """Spaces times evenly in (sigma / alpha)^(1/7) but for the last step (Karras et al. 2022, eq. 5)."""
 
   def spread(first, last):
     ends = np.exp(-np.array([first, last]) / RHO)
