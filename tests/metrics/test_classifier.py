@@ -137,6 +137,7 @@ def test_training_is_at_most_so_many_epochs_and_steps(monkeypatch, number, steps
 
 def test_training_that_takes_long_tells_how_far_it_is(quick, monkeypatch, tmp_path):
   monkeypatch.setattr(progress, "PATIENCE", 0.0)
+  monkeypatch.setattr(progress, "SHARE", 0.0)
   lines = []
   load_or_train(TEST, str(tmp_path), tell=lines.append)
   assert lines[-1].endswith(f"{len(TEST) // 64} of {len(TEST) // 64}, 0:00 left")
