@@ -340,7 +340,7 @@ class _Exploding(Path):
     return np.exp(-half_log_snr)
 
   def _log_sigma(self, t: Times):
-    """Returns log(sigma) for a network; less noise than sigma_min, and none, is told as sigma_min."""
+    """Returns log(sigma) as a network is told it; anything below sigma_min is told as sigma_min."""
     xp = _module(t)
     return xp.log(xp.maximum(t, self.sigma_min))
 

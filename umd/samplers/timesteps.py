@@ -12,7 +12,8 @@ RHO = 7.0  # Karras et al. 2022, eq. 5.
 def _by_log_snr(path: Path, steps: int, spread: Callable[[float, float], np.ndarray]) -> np.ndarray:
   """Spaces times by their half log-SNRs, `spread(first, last)`, [S].
 
-  The first time is the end of the path all the same, and 0 follows after the last. The ends of the path may have infinite log-SNRs, so the range is cut, see `Path.log_snr_range`.
+  The first time is the end of the path all the same, and 0 follows after the last. Log-SNRs may be
+  infinite at both ends of the path, so the range is cut, see `Path.log_snr_range`.
   """
   if steps == 1:
     return uniform(path, steps)
@@ -41,7 +42,7 @@ def log_snr(path: Path, steps: int) -> np.ndarray:
 
 
 def karras(path: Path, steps: int) -> np.ndarray:
-  """Spaces times evenly in (sigma / alpha)^(1/7) but for the last step (Karras et al. 2022, eq. 5)."""
+  """Spaces times evenly in (sigma / alpha)^(1/7) but for the last (Karras et al. 2022, eq. 5)."""
 
   def spread(first, last):
     ends = np.exp(-np.array([first, last]) / RHO)
