@@ -324,17 +324,12 @@ def environment_table(run: Run) -> list[tuple[str, list[Cell]]]:
 # Pages
 
 
-def picture_title(run: Run, name: str) -> tuple[str, str]:
-  """Returns (title, explanation) of a kind of picture."""
-  return PICTURES.get(run.evaluator(name), (name, ""))
-
-
 def galleries(runs: Sequence[Run]) -> list[dict]:
   """Returns the pictures of each kind, samples first, with a row for each run that has them."""
   shown = []
   for name in dict.fromkeys(name for run in runs for name in run.pictures):
     having = [run for run in runs if name in run.pictures]
-    title, text = picture_title(having[0], name)
+    title, text = PICTURES.get(having[0].evaluator(name), (name, ""))
     rows = [(run.label if len(runs) > 1 else "", run.pictures[name]) for run in having]
     steps = sorted({step for _, pictures in rows for step in pictures})
     shown.append(dict(title=title, name=name, text=text, rows=rows, steps=steps))
@@ -401,18 +396,13 @@ def run_page(run: Run) -> str:
 
 def overview_page(name: str, stages: Sequence[Run]) -> str:
   """Returns the report of a folder with stages: the headline of each and a link to its report."""
-  newest = lambda run: [
-    (picture_title(run, n)[0], max(pictures), pictures[max(pictures)])
-    for n, pictures in run.pictures.items()
-  ]
   return _render(
     "overview.html",
     stages,
     False,
     name=name,
     stages=stages,
-    tiles={run.name: tiles(run) for run in stages},
-    newest={run.name: newest(run) for run in stages},
+    tiles=tiles,
     not_started=NOT_STARTED,
   )
 
