@@ -138,7 +138,9 @@ np.savez(sys.argv[3], scores=means, **parts)
 def test_two_processes_describe_what_one_does(small_inception, tmp_path):
   """Each takes the rows of its own device; both end up with all of it, in float64."""
   environ = {**os.environ, "XLA_FLAGS": QUICK}
-  environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+  environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/metrics")]
+  )
   address = f"127.0.0.1:{free_port()}"
   outs = [tmp_path / f"{i}.npz" for i in range(2)]
   running = [

@@ -67,7 +67,7 @@ def projection(monkeypatch):
 
   def load_network(file, mesh):
     params = {part: matrix.astype(np.float32) for part, matrix in PROJECTIONS.items()}
-    return extraction.Network(replicate(params, mesh), SHA)
+    return extraction.LoadedInception(replicate(params, mesh), SHA)
 
   for module in (extraction, statistics):
     monkeypatch.setattr(module, "POOL", POOL)

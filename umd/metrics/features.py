@@ -1,6 +1,6 @@
-"""Inception's view of a set of images: run on all devices, gathered batch by batch.
+"""Describes sets of images by Inception's features, on all devices, gathered batch by batch.
 
-Each process takes the rows that its own devices computed; what they add up to is exchanged at the
+Each process takes the rows that its own devices computed. Only their sums are exchanged, at the
 end, so no features travel on the way.
 """
 
@@ -27,17 +27,17 @@ from umd.weights import download, pytorch
 
 
 class LoadedInception(NamedTuple):
-  """Inception's parameters, whole on every device, and the SHA-256 of the file they are from."""
+  """Inception's parameters, whole on every device, with the SHA-256 of the file they are from."""
 
   params: dict
   sha256: str
 
 
 def find_network(path: str = "", tell: progress.Tell = progress.say) -> str:
-  """The file of Inception's weights: `path`, or the cached one, which is fetched if need be.
+  """Finds the file of Inception's weights: `path`, or the cached one, fetched if need be.
 
   Raises:
-    FileNotFoundError: it is neither there nor can it be fetched; says from where to where.
+    FileNotFoundError: it is not there and cannot be fetched.
     ValueError: it is not the published file.
   """
   return download.find(download.INCEPTION, path, progress=tell)
@@ -53,21 +53,24 @@ def load_network(file: str, mesh: Mesh) -> LoadedInception:
 
 
 def fingerprint(source: Source, network: LoadedInception) -> str:
-  """Changes with the images, as far as their storage tells, their preprocessing and the network."""
-  parts = (source.records.fingerprint(), source.pp, str(source.image_size), network.sha256)
-  return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+  """Names statistics: it changes with the images' storage, their preprocessing and the network."""
+  text = "\n".join(
+    [source.records.fingerprint(), source.pp, str(source.image_size), network.sha256]
+  )
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def look(
   params, images: Float[Array, "b h w c"], how: str, mesh: Mesh
 ) -> dict[str, Float[Array, "b _"]]:
-  """What Inception makes of images in [-1, 1], of one channel or three.
+  """Runs Inception on images in [-1, 1], of one channel or three.
 
-  Every device looks at its own share of the images, which the mesh must divide.
+  Every device looks at its own share of the images, whose number the mesh must divide.
 
   Args:
-    params: of Inception.
-    images: rounded to 256 levels as `how`, a key of `umd.metrics.quantize.QUANTIZERS`, says.
+    params: Inception's parameters.
+    images: images in [-1, 1].
+    how: how they are rounded to 256 levels, a key of `umd.metrics.quantize.QUANTIZERS`.
     mesh: all devices.
 
   Returns {"pool": [B, 2048], "spatial": [B, 2023], "logits": [B, 1008]}.
@@ -83,15 +86,15 @@ def look(
 
 
 class Gatherer:
-  """Takes the features of a set of images batch by batch, in any order; this process's share."""
+  """Takes this process's share of the features of a set of images, batch by batch in any order."""
 
   def __init__(self, name: str, num: int, inception: str, *, keep: int = 0, scores: bool = False):
-    """For `num` images.
+    """Prepares for a number of images.
 
     Args:
       name, inception: those of `Statistics`.
-      num: number of images.
-      keep: of so many of them, spread evenly over all, the pool features are kept.
+      num: the number of images.
+      keep: the pool features of so many images, spread evenly over all, are kept.
       scores: whether Inception scores are wanted.
     """
     self._name, self._num, self._inception = name, num, inception
@@ -100,10 +103,11 @@ class Gatherer:
     self._scores = {s: frechet.Scores(num, LOGITS, s) for s in splittings}
     keep = min(keep, num)
     self._kept = np.arange(keep, dtype=np.int64) * num // max(keep, 1)
-    self._features, self._seen = np.zeros((keep, POOL), np.float32), np.zeros(keep, np.float32)
+    self._features = np.zeros((keep, POOL), np.float32)
+    self._seen = np.zeros(keep, np.float32)
 
   def __call__(self, rows: Mapping[str, np.ndarray], index: np.ndarray) -> None:
-    """Adds rows {pool, spatial, logits} of the images at these places [b], each place once."""
+    """Adds rows {pool, spatial, logits} of the images at positions `index` [b], each once."""
     for part, moments in self._moments.items():
       moments.update(rows[part])
     for scores in self._scores.values():
@@ -115,13 +119,13 @@ class Gatherer:
       self._seen[place[wanted]] = 1
 
   def statistics(self, unreadable: int = 0) -> Statistics:
-    """Of the images of all processes; to be called by all of them.
+    """Returns the statistics of the images of all processes, all of which must call it.
 
     Args:
-      unreadable: so many of this process's share may be missing.
+      unreadable: so many images of this process's share may be missing.
 
     Raises:
-      ValueError: there were not as many as announced.
+      ValueError: fewer or more images came than were announced.
     """
     missing = sum(int(n[0]) for (n,) in each_process([np.array([unreadable], np.int32)]))
     gaussians = {}
@@ -133,15 +137,22 @@ class Gatherer:
         raise ValueError(f"{self._name}: {total.count} of {self._num} images could be read.")
       gaussians[part] = Gaussian(total.mean, total.covariance)
     scores = {}
-    for splitting, own in self._scores.items():
+    for splitting, local in self._scores.items():
       scores[splitting] = frechet.Scores(self._num, LOGITS, splitting)
-      for arrays in _of_all(own.arrays()):
+      for arrays in _of_all(local.arrays()):
         scores[splitting].add(**arrays)
-    about = dict(features=self._all_features(), scores=scores, inception=self._inception)
-    return Statistics(self._name, total.count, **gaussians, **about)
+    return Statistics(
+      self._name,
+      total.count,
+      gaussians["pool"],
+      gaussians["spatial"],
+      features=self._all_features(),
+      scores=scores,
+      inception=self._inception,
+    )
 
   def _all_features(self) -> np.ndarray | None:
-    """The kept rows of all processes, None if none were to be kept."""
+    """Returns the kept rows of all processes, None if none were to be kept."""
     if not len(self._kept):
       return None
     features, seen = map(sum, zip(*each_process([self._features, self._seen]), strict=True))
@@ -149,19 +160,19 @@ class Gatherer:
 
 
 def _of_all(arrays: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-  """The same arrays of every process, one process after the other."""
+  """Yields the same arrays of every process, one process after the other."""
   return (dict(zip(arrays, part, strict=True)) for part in each_process([*arrays.values()]))
 
 
 def compile_look(mesh: Mesh) -> Callable:
-  """`(params, batch) -> rows {pool, spatial, logits, index, _mask}`, split over the devices.
+  """Compiles `(params, batch) -> rows {pool, spatial, logits, index, _mask}`, split over devices.
 
   Images of a data set have 8 bits, or nearly so after resizing: they are rounded.
   """
 
   def rows(params, batch):
-    found = look(params, batch["image"], "round", mesh)
-    return {**found, "index": batch["index"], "_mask": batch["_mask"]}
+    features = look(params, batch["image"], "round", mesh)
+    return {**features, "index": batch["index"], "_mask": batch["_mask"]}
 
   return jax.jit(rows, out_shardings=batch_sharding(mesh))
 
@@ -176,18 +187,18 @@ def describe(
   scores: bool = False,
   tell: progress.Tell = progress.say,
 ) -> Statistics:
-  """Statistics of all images of a source.
+  """Computes the statistics of all images of a source.
 
   Args:
-    source: of images in [-1, 1]; of several processes each reads its part.
+    source: images in [-1, 1]; of several processes each reads its part.
     network: see `load_network`.
     mesh: all devices.
-    batch_size: over all devices, which must divide it; the result does not depend on it.
+    batch_size: images at a time over all devices, which must divide it.
     keep, scores: see `Gatherer`.
     tell: takes a line now and then.
 
   Raises:
-    ValueError: fewer than 2 images, or images of neither 1 nor 3 channels.
+    ValueError: there are fewer than 2 images, or images have neither 1 nor 3 channels.
   """
   channels = source.image_size[2]
   if channels not in (1, 3) or len(source) < 2:

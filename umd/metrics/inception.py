@@ -15,11 +15,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
-POOL, SPATIAL, LOGITS = 2048, 2023, 1008  # widths of the three outputs
-SIDE = 299  # pixels of the square images that the network sees
+POOL, SPATIAL, LOGITS = 2048, 2023, 1008  # The widths of the three outputs.
+SIDE = 299  # The pixels along a side of the images that the network sees.
 BN, BN_EPS = ("weight", "bias", "running_mean", "running_var"), 1e-3
-TRACKED = ".bn.num_batches_tracked"  # PyTorch counts training steps
-EXACT = jax.lax.Precision.HIGHEST  # else bfloat16 on TPU, TF32 on GPU
+TRACKED = ".bn.num_batches_tracked"  # PyTorch's count of training steps.
+EXACT = jax.lax.Precision.HIGHEST  # Otherwise TPUs take bfloat16 and GPUs TF32.
 
 
 class Conv(NamedTuple):
@@ -39,8 +39,8 @@ class Pool(NamedTuple):
   stride: int = 1
 
 
-SQUARE, ACROSS, DOWN = (3, 3), (1, 7), (7, 1)  # kernels: height, width
-HALVE = (2, "VALID")  # stride, padding
+SQUARE, ACROSS, DOWN = (3, 3), (1, 7), (7, 1)  # Kernels: height, width.
+HALVE = (2, "VALID")  # Stride, padding.
 REDUCE = Pool("max", 2)
 
 # A chain is a tuple of these and of lists of chains: all chains of a list read one input, and their
@@ -65,7 +65,7 @@ def _fork(name: str) -> list[tuple[Conv]]:
 
 
 def _block35(width: int) -> list:
-  """At 35 x 35 positions, `width` features from the pool."""
+  """Makes a block at 35 x 35 positions, with `width` features from the pool."""
   return [
     (Conv("branch1x1", 64),),
     _numbered("branch5x5", (48,), (64, (5, 5))),
@@ -75,7 +75,7 @@ def _block35(width: int) -> list:
 
 
 def _block17(width: int) -> list:
-  """At 17 x 17 positions: 7 x 7 convolutions, each as 1 x 7 and 7 x 1."""
+  """Makes a block at 17 x 17 positions: 7 x 7 convolutions are split into 1 x 7 and 7 x 1."""
   across, down = (width, ACROSS), (width, DOWN)
   return [
     (Conv("branch1x1", 192),),
@@ -86,7 +86,7 @@ def _block17(width: int) -> list:
 
 
 def _block8(kind: str) -> list:
-  """At 8 x 8 positions, with a pool of this kind."""
+  """Makes a block at 8 x 8 positions, with a pool of this kind."""
   return [
     (Conv("branch1x1", 320),),
     (Conv("branch3x3_1", 384), _fork("branch3x3_2")),
@@ -114,12 +114,12 @@ BLOCKS = {
     (REDUCE,),
   ],
   "Mixed_7b": _block8("average"),
-  "Mixed_7c": _block8("max"),  # a slip of the graph, which all that is published shares
+  "Mixed_7c": _block8("max"),  # A slip of the graph, which all published FIDs share.
 }
 
 
 def _declare(steps: tuple, channels: int) -> tuple[dict, int]:
-  """Shapes of a chain's parameters, nested as they are, and the channels of its output."""
+  """Returns the shapes of a chain's parameters, nested as they are, and its output's channels."""
   shapes = {}
   for step in steps:
     if isinstance(step, Conv):
@@ -144,9 +144,9 @@ SHAPES = _shapes()
 
 
 def _neighbours(size: int):
-  """For each of 299 positions: two neighbours among `size` pixels and the weight of the second.
+  """Returns two neighbours among `size` pixels of each of 299 positions, and the second's weight.
 
-  In float32, as TensorFlow computes them.
+  They are computed in float32, as TensorFlow does.
   """
   position = np.arange(SIDE, dtype=np.float32) * (np.float32(size) / np.float32(SIDE))
   low = position.astype(np.int32)
@@ -154,7 +154,7 @@ def _neighbours(size: int):
 
 
 def resize(images: Float[Array, "b h w c"]) -> Float[Array, "b 299 299 c"]:
-  """TensorFlow 1's bilinear resize to 299 x 299: output i reads the input at i * size / 299.
+  """Resizes to 299 x 299 as TensorFlow 1 did: output i reads the input at i * size / 299.
 
   No half-pixel offset, no aligned corners, no antialiasing: other libraries' resizes differ.
   """
@@ -176,7 +176,7 @@ def _convolve(x, kernel, stride: int, padding: str):
 
 
 def _pool(x, pool: Pool):
-  """By three shifted slices, columns and then rows: on CPUs faster than reduce_window."""
+  """Pools by three shifted slices, columns and then rows: on CPUs faster than reduce_window."""
   join, empty = (jnp.maximum, -jnp.inf) if pool.kind == "max" else (jnp.add, 0.0)
   edge = int(pool.stride == 1)
   for axis in (2, 1):
@@ -195,9 +195,9 @@ def _pool(x, pool: Pool):
 def _chain(x, steps: tuple, params: Mapping):
   for step in steps:
     if isinstance(step, Conv):
-      own = params[step.name]
-      x = _convolve(x, own["kernel"], step.stride, step.padding)
-      x = nn.relu(x * own["scale"] + own["bias"])
+      conv = params[step.name]
+      x = _convolve(x, conv["kernel"], step.stride, step.padding)
+      x = nn.relu(x * conv["scale"] + conv["bias"])
     elif isinstance(step, Pool):
       x = _pool(x, step)
     else:
@@ -206,10 +206,10 @@ def _chain(x, steps: tuple, params: Mapping):
 
 
 def _trunk(x, params: Mapping) -> dict:
-  """All outputs, from the 35 x 35 positions that the stem leaves."""
+  """Computes all outputs from the 35 x 35 positions that the stem leaves."""
   for name, block in BLOCKS.items():
     x = _chain(x, (block,), params[name])
-    if name == "Mixed_6d":  # begins with branch1x1: the graph's node mixed_6/conv
+    if name == "Mixed_6d":  # Its first channels are branch1x1, the graph's node mixed_6/conv.
       spatial = x[..., :7].reshape(len(x), -1)
   pool = x.mean(axis=(1, 2))
   logits = jnp.matmul(pool, params["fc"]["kernel"], precision=EXACT)
@@ -217,7 +217,7 @@ def _trunk(x, params: Mapping) -> dict:
 
 
 def _in_chunks(function: Callable, x, size: int):
-  """function(x); on a CPU, whose convolutions slow down out of its caches, `size` rows a time."""
+  """Computes function(x), on a CPU a few rows at a time: convolutions want to stay in its caches."""
   if jax.default_backend() != "cpu":
     return function(x)
   size = max(n for n in range(1, size + 1) if len(x) % n == 0)
@@ -241,7 +241,7 @@ class _Parameters(nn.Module):
 
 
 class Inception(nn.Module):
-  """Features of float32 images [B, H, W, 3] in [0, 255] of any size, float32.
+  """Computes float32 features of float32 images [B, H, W, 3] in [0, 255] of any size.
 
   "pool" [B, 2048] is for FID, "spatial" [B, 2023] for sFID, "logits" [B, 1008], without their bias
   and before the softmax, for the Inception score. "spatial" is the graph's node mixed_6/conv (Nash
@@ -249,7 +249,7 @@ class Inception(nn.Module):
   normalisation and ReLU, flattened in the order row, column, channel.
 
   Raises:
-    ValueError: the images have not three channels.
+    ValueError: the images do not have three channels.
   """
 
   @nn.compact
@@ -257,13 +257,13 @@ class Inception(nn.Module):
     if images.shape[-1] != 3:
       raise ValueError(f"Images have {images.shape[-1]} channels, not 3. Repeat grey ones 3 times.")
     params = {name: _Parameters(shapes, name=name)() for name, shapes in SHAPES.items()}
-    # Constants of the graph, not 127.5: black is -1, white is 127/128.
+    # The graph's constant is 128, not 127.5: black is -1, white is 127/128.
     stem = lambda x: _chain((resize(x) - 128) / 128, STEM, params)
     return _in_chunks(lambda x: _trunk(x, params), _in_chunks(stem, images, 1), 4)
 
 
 def from_torch(tensors: Mapping[str, np.ndarray]) -> dict:
-  """Parameters from the tensors of PyTorch's file of this network, by their names there.
+  """Makes parameters from the tensors of PyTorch's file of this network, by their names there.
 
   Batch normalisations become a scale and a bias. `fc.bias` and `num_batches_tracked` are not used.
 

@@ -1,4 +1,4 @@
-"""What the metrics of generation need to know of a set of images, and the files that hold it.
+"""Statistics of a set of images, the files that hold them, and the metrics that compare two sets.
 
 The files are npz with ADM's keys: `mu`, `sigma` of the 2048 pool features, `mu_s`, `sigma_s` of the
 2023 spatial ones, `arr_0` some of the images (uint8 [k, H, W, 3]). pytorch-fid's files, which have
@@ -20,7 +20,7 @@ from umd.metrics import frechet, pairwise
 from umd.metrics.inception import POOL, SPATIAL
 from umd.runs import progress
 
-FEW = 2048  # With fewer images than features the covariance is singular and an FID much too high.
+FEW = 2048  # With fewer images than features the covariance is singular and the FID far too high.
 
 
 class Gaussian(NamedTuple):
@@ -32,16 +32,16 @@ class Gaussian(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-  """Of a set of images, as Inception sees them.
+  """What is known of a set of images from Inception's features.
 
   Attributes:
-    name: of the set, for messages and records.
-    count: number of images; 0 where a file does not say.
-    pool: moments of the pool features, 2048.
-    spatial: moments of the spatial features, 2023, for sFID.
+    name: the name of the set, for messages and records.
+    count: the number of images; 0 where a file does not say.
+    pool: the moments of the 2048 pool features.
+    spatial: the moments of the 2023 spatial features, for sFID.
     features: float32 [k, 2048], pool features of k of the images, for precision, recall and KID.
     scores: {splitting: Inception score}.
-    inception: SHA-256 of the network's weights; "" where a file does not say.
+    inception: the SHA-256 of the network's weights; "" where a file does not say.
   """
 
   name: str
@@ -54,7 +54,7 @@ class Statistics:
 
 
 def is_statistics(path: str) -> bool:
-  """Whether an npz file holds moments; if not, it may hold images.
+  """Says whether an npz file holds moments; if not, it may hold images.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -68,7 +68,7 @@ def read(path: str) -> Statistics:
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: it is not readable, holds no moments, or those of other features.
+    ValueError: it is not readable, or holds no moments, or those of another network's features.
   """
   keys = _keys(path)
   if not {"mu", "sigma"} <= set(keys):
@@ -97,7 +97,7 @@ def write(path: str, statistics: Statistics, images: np.ndarray | None = None) -
   """Writes a file of statistics, whole or not at all.
 
   Args:
-    path: of the file; folders are made.
+    path: the file; folders are made.
     statistics: what `read` will return, but for the scores.
     images: uint8 [k, H, W, 3] to go with them, as `arr_0`.
   """
@@ -162,13 +162,13 @@ def _score(splitting: str):
 
 
 class Metric(NamedTuple):
-  """A row of METRICS.
+  """A metric of samples against a reference.
 
   Attributes:
-    names: of the values that `measure` returns.
+    names: the names of the values that `measure` returns.
     measure: (samples, reference) -> one value, or one for each name.
-    needs: which parts of the reference it looks at.
-    least: number of images that it takes.
+    needs: the parts of the reference that it looks at.
+    least: the number of images that it takes at least.
   """
 
   names: tuple[str, ...]
@@ -212,7 +212,7 @@ def check_weights(reference: Statistics, sha256: str) -> None:
 
 
 def possible(reference: Statistics) -> list[str]:
-  """The metrics that a reference has all the parts for."""
+  """Lists the metrics that a reference has all the parts for."""
   has = lambda part: getattr(reference, part) is not None
   return [name for name, metric in METRICS.items() if all(map(has, metric.needs))]
 
@@ -229,7 +229,7 @@ def check_serves(reference: Statistics, metrics: Sequence[str]) -> None:
 
 
 def label(num: int) -> str:
-  """The number of samples as metrics' names have it: 10000 -> "10k", 2048 -> "2048"."""
+  """Writes a number of samples as names of metrics have it: 10000 -> "10k", 2048 -> "2048"."""
   return f"{num // 1000}k" if num and num % 1000 == 0 else str(num)
 
 
@@ -239,10 +239,10 @@ def compare(
   metrics: Sequence[str],
   tell: progress.Tell = progress.say,
 ) -> dict[str, float]:
-  """{name: value} of the metrics, keys of METRICS; `tell` takes a line about one that takes long.
+  """Measures {name: value} of metrics, keys of METRICS; `tell` takes a line about a long one.
 
   Raises:
-    ValueError: the two are from networks with different weights, or see `check_serves`.
+    ValueError: the two are from networks with different weights, or the reference lacks a part.
   """
   check(metrics, samples.count or None)
   check_serves(reference, metrics)
