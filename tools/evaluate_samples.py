@@ -18,8 +18,6 @@ from collections.abc import Sequence
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # Before JAX sets it: errors are told anyway.
 
-from jax.sharding import Mesh
-
 from tools.command_line import run
 from tools.fid_reference import (
   NOTHING_ELSE,
@@ -43,7 +41,7 @@ KEEP = 50_000  # Images of each side, at most, of which precision, recall and KI
 PAPERS = 50_000  # Samples that papers evaluate.
 SUBSET = 1000  # Images in a subset of KID.
 SCORES = ("is", "is_shuffled")  # Metrics that look at the samples alone, one by one.
-# Images that a metric takes: 3 neighbours of one more, or one for each split.
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy", "tensorflow", "tensorflow-cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +49,9 @@ class Side:
   """Samples or reference, before Inception looks at them.
 
   Attributes:
-    path: as given.
-    stored: statistics, if that is what the file holds.
-    images: what there is of images, if any.
+    path: the path as given.
+    stored: the statistics, if that is what the file holds.
+    images: the images, if there are any.
   """
 
   path: str
@@ -62,30 +60,27 @@ class Side:
 
   @property
   def count(self) -> int:
-    """How many images the moments are of, 0 if nobody knows."""
+    """The number of images that the moments are of, 0 if the file does not say."""
     return self.stored.count if self.stored else len(self.images)
 
   @property
   def features(self) -> int:
-    """Of how many images features can be had."""
+    """The number of images whose features can be had."""
     if self.stored and self.stored.features is not None:
       return len(self.stored.features)
     return min(KEEP, len(self.images)) if self.images else 0
 
   def number(self, metric: str) -> int:
-    """How many images a metric looks at."""
+    """Returns how many images a metric looks at."""
     if metric in SCORES:
       return len(self.images) if self.images else 0
     return self.features if "features" in METRICS[metric].needs else self.count
 
-  def lacks(self, metric: str, is_samples: bool) -> str:
-    """Why a metric cannot be measured, "" if it can."""
-    needs = METRICS[metric].needs
-    number = self.number(metric)
+  def lacks(self, metric: str) -> str:
+    """Says why a metric cannot be measured, "" if it can."""
+    needs, number = METRICS[metric].needs, self.number(metric)
     if "spatial" in needs and self.stored and self.stored.spatial is None:
       return f"{self.path} has no spatial statistics (mu_s, sigma_s)"
-    if metric in SCORES and not is_samples:
-      return ""
     if (metric in SCORES or "features" in needs) and not number:
       return f"{self.path} has no images"
     if 0 < number < (least := METRICS[metric].least):
@@ -93,21 +88,26 @@ class Side:
     return ""
 
   def describe(self) -> str:
-    """In a line, for people."""
-    found = []
+    """Says in a line what there is."""
+    contents = []
     if self.stored:
-      found.append(f"statistics of {self.count or 'an unknown number of'} images")
+      contents.append(f"statistics of {self.count or 'an unknown number of'} images")
     if self.images:
       size = " x ".join(str(side) for side in self.images.image_size)
-      found.append(f"{len(self.images)} images, {size}")
-    return f"{self.path}: {'; '.join(found)}"
+      contents.append(f"{len(self.images)} images, {size}")
+    return f"{self.path}: {'; '.join(contents)}"
+
+  def record(self) -> dict:
+    """Returns what the JSON file says of this side."""
+    size = list(self.images.image_size) if self.images else None
+    return {"path": self.path, "count": self.count or None, "size": size}
 
 
 def open_side(path: str, size: int | None, data_dir: str) -> Side:
   """Looks at what is there, but runs nothing.
 
   Raises:
-    FileNotFoundError, ValueError: no such path, or not what can be measured.
+    FileNotFoundError, ValueError: there is no such path, or it cannot be measured.
   """
   file = statistics_file(path)
   if file is None:
@@ -116,15 +116,21 @@ def open_side(path: str, size: int | None, data_dir: str) -> Side:
 
 
 def choose(
-  samples: Side, reference: Side, asked: Sequence[str] | None
+  samples: Side, reference: Side, wanted: Sequence[str] | None
 ) -> tuple[list[str], dict[str, str]]:
-  """(metrics, {metric that is left out: why}); ValueError if one that was asked for cannot be."""
-  why = {m: samples.lacks(m, True) or reference.lacks(m, False) for m in asked or METRICS}
-  out = {metric: reason for metric, reason in why.items() if reason}
-  if asked and out:
-    reasons = "; ".join(f"{metric}: {reason}" for metric, reason in out.items())
+  """Returns (metrics, {metric that is left out: why}).
+
+  Raises:
+    ValueError: one of the metrics that are wanted cannot be measured.
+  """
+  why = {}
+  for metric in wanted or METRICS:
+    why[metric] = samples.lacks(metric) or ("" if metric in SCORES else reference.lacks(metric))
+  left_out = {metric: reason for metric, reason in why.items() if reason}
+  if wanted and left_out:
+    reasons = "; ".join(f"{metric}: {reason}" for metric, reason in left_out.items())
     raise ValueError(f"--metrics: {reasons}. Leave it out, or give a reference of images.")
-  return [metric for metric in why if metric not in out], out
+  return [metric for metric in why if metric not in left_out], left_out
 
 
 class Eye:
@@ -132,79 +138,71 @@ class Eye:
 
   def __init__(self, weights: str, batch_size: int):
     self._weights, self._batch_size = weights, batch_size
-    self._mesh: Mesh = make_mesh()
+    self._mesh = make_mesh()
     self._network = None
 
   def measure(self, side: Side, metrics: Sequence[str], is_samples: bool) -> Statistics:
-    """The statistics of a side with all that the metrics need of it."""
-    features = any("features" in METRICS[m].needs for m in metrics)
-    scores = is_samples and any(m in SCORES for m in metrics)
+    """Returns the statistics of a side with all that the metrics need of it."""
+    features = any("features" in METRICS[metric].needs for metric in metrics)
+    scores = is_samples and any(metric in SCORES for metric in metrics)
     stored = side.stored
     if stored and not scores and (stored.features is not None or not features):
       return stored
     if self._network is None:
       file = extraction.find_network(self._weights)
       self._network = extraction.load_network(file, self._mesh)
-    size, keep = fitting(self._batch_size, len(side.images), self._mesh), KEEP if features else 0
-    settings = dict(keep=keep, scores=scores)
-    found = extraction.describe(side.images, self._network, self._mesh, size, **settings)
+    size = fitting(self._batch_size, len(side.images), self._mesh)
+    seen = extraction.describe(
+      side.images, self._network, self._mesh, size, keep=KEEP if features else 0, scores=scores
+    )
     if not stored:
-      return found
-    if stored.inception not in ("", found.inception):
-      raise ValueError(
-        f"{side.path} was made with other Inception weights (SHA-256 {stored.inception[:12]}..., "
-        f"here {found.inception[:12]}...). Make it again with these."
-      )
-    features = found.features if stored.features is None else stored.features
-    return dataclasses.replace(stored, features=features, scores=found.scores)
+      return seen
+    # As with ADM's evaluator, the moments of the file go before those of the images in it.
+    statistics.check_weights(stored, seen.inception)
+    features = seen.features if stored.features is None else stored.features
+    return dataclasses.replace(stored, features=features, scores=seen.scores)
 
   @property
   def sha256(self) -> str:
-    """Of the weights, "" if they were not needed."""
+    """The SHA-256 of the weights, "" if they were not needed."""
     return self._network.sha256 if self._network else ""
 
 
 def remarks(samples: Side, reference: Side, metrics: Sequence[str]) -> list[str]:
-  """What to bear in mind about the numbers."""
-  found = []
+  """Lists what to bear in mind about the numbers."""
+  notes = []
   counts = {"samples": samples.count, "reference images": reference.count}
   if few := [f"{n} {what}" for what, n in counts.items() if 0 < n < statistics.FEW]:
-    found.append(
+    notes.append(
       f"warning: {' and '.join(few)} are fewer than Inception's {statistics.FEW} features: the "
       "covariance is singular and FID far too high. Compare it with FIDs of as many only."
     )
   if statistics.FEW <= samples.count < PAPERS:
-    found.append(
+    notes.append(
       f"note: papers report FID of {PAPERS} samples; of {samples.count} it is somewhat higher."
     )
   smaller = min(samples.features, reference.features)
   if "kid" in metrics and smaller < SUBSET:
-    found.append(f"note: KID is over subsets of {smaller} images, where {SUBSET} are usual.")
-  if "precision_recall" in metrics:
-    for side in (samples, reference):
-      if side.images and side.features == KEEP < len(side.images):
-        found.append(f"note: precision, recall and KID look at {KEEP} images of {side.path} only.")
-  sizes = [s.images.image_size[:2] for s in (samples, reference) if s.images]
+    notes.append(f"note: KID is over subsets of {smaller} images, where {SUBSET} are usual.")
+  for side in (samples, reference) if "precision_recall" in metrics else ():
+    if side.images and side.features == KEEP < len(side.images):
+      notes.append(f"note: precision, recall and KID look at {KEEP} images of {side.path} only.")
+  sizes = [side.images.image_size[:2] for side in (samples, reference) if side.images]
   if len(set(sizes)) > 1:
-    found.append(
+    notes.append(
       "note: samples are {} x {}, reference images {} x {}; Inception resizes both to 299 x 299, "
       "but the smaller ones lack detail.".format(*sizes[0], *sizes[1])
     )
   stored = reference.stored
   if stored and not (stored.spatial or stored.count or stored.inception or reference.images):
-    found.append(NOTHING_ELSE)
-  return found
+    notes.append(NOTHING_ELSE)
+  return notes
 
 
 def versions() -> dict[str, str]:
-  """Of the packages that the numbers depend on."""
-  found = {}
-  for name in ("jax", "jaxlib", "flax", "numpy", "scipy", "tensorflow", "tensorflow-cpu"):
-    try:
-      found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      continue
-  return found
+  """Returns the versions of the packages that the numbers depend on."""
+  installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+  return {name: installed[name] for name in PACKAGES if name in installed}
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -215,14 +213,14 @@ def evaluate(args: argparse.Namespace) -> None:
   metrics, left_out = choose(samples, reference, args.metrics)
   say(f"samples    {samples.describe()}\nreference  {reference.describe()}")
   eye = Eye(args.weights, args.batch_size)
-  found = [eye.measure(side, metrics, side is samples) for side in (samples, reference)]
+  pair = [eye.measure(side, metrics, side is samples) for side in (samples, reference)]
   values = {}
   for metric in metrics:
     number = samples.number(metric)
     suffix = f"_{statistics.label(number)}" if number else ""
-    for name, value in statistics.compare(*found, [metric]).items():
+    for name, value in statistics.compare(*pair, [metric]).items():
       values[name + suffix] = value
-  sha256 = eye.sha256 or found[0].inception or found[1].inception
+  sha256 = eye.sha256 or pair[0].inception or pair[1].inception
   resized = args.size and not (samples.stored and reference.stored)
   quantized = "rounded to uint8 after resizing" if resized else "uint8 as stored"
   say(f"Inception  {sha256[:12] or 'unknown, not needed here'}; images {quantized}\n")
@@ -232,23 +230,19 @@ def evaluate(args: argparse.Namespace) -> None:
   notes = remarks(samples, reference, metrics)
   notes += [f"left out: {metric}: {reason}" for metric, reason in left_out.items()]
   say("\n" + "\n".join(notes) if notes else "")
-  if not args.out or not distributed.is_main():
-    return
-  sides = {}
-  for key, side in (("samples", samples), ("reference", reference)):
-    sides[key] = {"path": side.path, "count": side.count or None}
-    sides[key]["size"] = list(side.images.image_size) if side.images else None
-  record = {
-    "metrics": values,
-    **sides,
-    "inception": sha256,
-    "quantize": quantized,
-    "notes": notes,
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "versions": versions(),
-  }
-  workdir.write_json(os.path.abspath(os.path.expanduser(args.out)), record)
-  say(args.out)
+  if args.out and distributed.is_main():
+    record = {
+      "metrics": values,
+      "samples": samples.record(),
+      "reference": reference.record(),
+      "inception": sha256,
+      "quantize": quantized,
+      "notes": notes,
+      "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+      "versions": versions(),
+    }
+    workdir.write_json(os.path.abspath(os.path.expanduser(args.out)), record)
+    say(args.out)
 
 
 def main(argv: list[str]) -> None:

@@ -37,22 +37,22 @@ TOGETHER = 64  # Images at a time where memory counts; a multiple of 4 (see `eac
 
 
 def statistics_file(data: str) -> str | None:
-  """The path of the npz file that DATA names, if it holds statistics."""
+  """Returns the path of the npz file that DATA names, if it holds statistics."""
   kind, _, path = locate(data)[0].partition(":")
   return path if kind == "npz" and statistics.is_statistics(path) else None
 
 
 def images_in(file: str) -> bool:
-  """Whether a file of statistics holds images, too."""
+  """Says whether a file of statistics holds images, too."""
   with np.load(os.path.expanduser(file), allow_pickle=False) as arrays:
     return "arr_0" in arrays.files
 
 
 def pick(source: Source, num: int) -> np.ndarray:
-  """uint8 [num, H, W, 3]: images of a source, spread evenly, as Inception sees them.
+  """Picks images of a source, spread evenly, as Inception sees them: uint8 [num, H, W, 3].
 
-  They are those whose features `umd.metrics.features.describe` keeps. Of several processes each reads its
-  part, and all return the whole.
+  They are those whose features `umd.metrics.features.describe` keeps. Of several processes each
+  reads its part, and all return the whole.
   """
   tf = tensorflow()
   num = min(num, len(source))
@@ -81,7 +81,7 @@ def pick(source: Source, num: int) -> np.ndarray:
 
 
 def fitting(batch_size: int, num: int, mesh: Mesh) -> int:
-  """The batch size, not above the number of images, rounded up to a multiple of the devices."""
+  """Limits the batch size to the number of images, rounded up to a multiple of the devices."""
   return -(-max(1, min(batch_size, num)) // mesh.size) * mesh.size
 
 
@@ -120,7 +120,7 @@ def make(args: argparse.Namespace) -> None:
 
 
 def tell(file: str, found: statistics.Statistics, source: Source | None) -> None:
-  """Prints what a file of statistics holds."""
+  """Prints what a file of statistics holds, and which metrics it serves."""
   size = " x ".join(str(side) for side in source.image_size) if source else ""
   lines = {
     "count": f"{found.count} images" if found.count else "the file does not say",
@@ -165,11 +165,7 @@ def complete(args: argparse.Namespace, file: str) -> None:
     return
   mesh = make_mesh()
   network = features.load_network(features.find_network(args.weights), mesh)
-  if found.inception not in ("", network.sha256):
-    raise ValueError(
-      f"{file!r} was made with other Inception weights (SHA-256 {found.inception[:12]}..., here "
-      f"{network.sha256[:12]}...): features of these would not go with it."
-    )
+  statistics.check_weights(found, network.sha256)
   batch_size = fitting(args.batch_size, len(source), mesh)
   seen = features.describe(source, network, mesh, batch_size, keep=len(source))
   if distributed.is_main():
@@ -179,7 +175,7 @@ def complete(args: argparse.Namespace, file: str) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  """What both tools take."""
+  """Adds the arguments that both tools take."""
   parser.add_argument("--size", type=positive, metavar="N", help="resize images to N x N")
   parser.add_argument("--batch_size", type=positive, default=64, help="over all devices (64)")
   parser.add_argument("--weights", default="", metavar="FILE", help="Inception's; else downloaded")

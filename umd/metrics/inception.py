@@ -217,7 +217,7 @@ def _trunk(x, params: Mapping) -> dict:
 
 
 def _in_chunks(function: Callable, x, size: int):
-  """Computes function(x), on a CPU a few rows at a time: convolutions want to stay in its caches."""
+  """Computes function(x), on a CPU a few rows at a time, so that they stay in its caches."""
   if jax.default_backend() != "cpu":
     return function(x)
   size = max(n for n in range(1, size + 1) if len(x) % n == 0)

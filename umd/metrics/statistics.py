@@ -206,7 +206,7 @@ def check_weights(reference: Statistics, sha256: str) -> None:
   """Raises ValueError if the reference is known to be of a network with other weights."""
   if reference.inception not in ("", sha256):
     raise ValueError(
-      f"reference {reference.name!r} was made with other Inception weights (SHA-256 "
+      f"{reference.name!r} was made with other Inception weights (SHA-256 "
       f"{reference.inception[:12]}..., here {sha256[:12]}...). Make it again with these."
     )
 
