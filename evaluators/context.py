@@ -10,8 +10,7 @@ from jax.sharding import Mesh
 
 from umd.codecs.codec import Codec, Pixels, Weights, encode_examples
 from umd.data import Source, eval_batches, load
-from umd.devices.mesh import batch_sharding, local_rows, replicated, run_ahead
-from umd.devices.placement import gathered_at_once, on
+from umd.devices.mesh import batch_sharding, gathered_at_once, local_rows, on, replicated, run_ahead
 from umd.objectives import Stream
 from umd.runs import preemption, progress
 from umd.samplers.keys import example_keys

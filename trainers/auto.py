@@ -6,8 +6,7 @@ import jax
 from jax.sharding import Mesh
 
 from umd.devices import chips, memory
-from umd.devices.mesh import placed, state_shardings
-from umd.devices.placement import LAYERS, on
+from umd.devices.mesh import LAYERS, on, placed, state_shardings
 from umd.models.layers.blocks import REMAT
 from umd.models.network import Network, param_shapes
 from umd.objectives import Objective

@@ -12,8 +12,7 @@ import numpy as np
 
 from trainers.loop import train_batches
 from umd.codecs.codec import encode_batch
-from umd.devices.mesh import each_process, local_rows, prefetch, replicated
-from umd.devices.placement import LAYERS
+from umd.devices.mesh import LAYERS, each_process, local_rows, prefetch, replicated
 from umd.models.layers.blocks import Part, Stack
 from umd.runs import workdir as folder
 from umd.state import Loss, step_key

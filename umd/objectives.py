@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from umd.devices.placement import take_rows
+from umd.devices.mesh import take_rows
 from umd.losses import LOSSES, WEIGHTS, WITHOUT_TARGET, Scored
 from umd.masks import Mask, Masking, complement, patchify
 from umd.models.network import Input, Network, grid, num_tokens

@@ -21,8 +21,16 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from umd.devices.mesh import batch_sharding, placed, replicated, state_shardings
-from umd.devices.placement import by_batch, chunks_of_rows, gathered_at_once, on
+from umd.devices.mesh import (
+  batch_sharding,
+  by_batch,
+  chunks_of_rows,
+  gathered_at_once,
+  on,
+  placed,
+  replicated,
+  state_shardings,
+)
 from umd.runs import progress
 
 

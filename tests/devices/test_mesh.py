@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from stand_ins import Function
 
 from umd.devices.mesh import (
+  SMALL_LEAF,
   batch_sharding,
   check_divides,
   make_mesh,
@@ -20,7 +21,6 @@ from umd.devices.mesh import (
   put_batch,
   state_shardings,
 )
-from umd.devices.placement import SMALL_LEAF
 from umd.runs.checkpoint import Checkpoints
 from umd.state import init_state, make_train_step
 

@@ -4,8 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from umd.devices.mesh import batch_sharding, make_mesh
-from umd.devices.placement import chunks_of_rows, join_rows, part_rows, take_rows
+from umd.devices.mesh import (
+  batch_sharding,
+  chunks_of_rows,
+  join_rows,
+  make_mesh,
+  part_rows,
+  take_rows,
+)
 
 GROUPS, COUNTS = 6, (12, 6, 18)  # Rows of 2, 1 and 3 in each group.
 

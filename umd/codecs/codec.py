@@ -19,8 +19,7 @@ from umd.codecs import vae_files
 from umd.codecs.vae import KLAutoEncoder
 from umd.data import Source
 from umd.data.latents import check
-from umd.devices.mesh import replicate
-from umd.devices.placement import BATCH, WHOLE
+from umd.devices.mesh import BATCH, WHOLE, replicate
 
 
 def _starts(size: int, tile: int, overlap: int) -> np.ndarray:

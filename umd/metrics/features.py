@@ -16,8 +16,15 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from umd.data import Source, eval_batches
-from umd.devices.mesh import batch_sharding, each_process, local_rows, replicate, run_ahead
-from umd.devices.placement import BATCH, WHOLE
+from umd.devices.mesh import (
+  BATCH,
+  WHOLE,
+  batch_sharding,
+  each_process,
+  local_rows,
+  replicate,
+  run_ahead,
+)
 from umd.metrics import frechet
 from umd.metrics.inception import LOGITS, POOL, SPATIAL, Inception, from_torch
 from umd.metrics.quantize import quantize

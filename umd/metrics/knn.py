@@ -8,8 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from umd.devices.mesh import batch_sharding, replicated
-from umd.devices.placement import BATCH, WHOLE
+from umd.devices.mesh import BATCH, WHOLE, batch_sharding, replicated
 
 TEMPERATURE = 0.07
 BLOCK = 2**26  # The similarities that a device holds at a time (256 MB).

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from umd.devices.placement import by_batch, join_rows, part_rows
+from umd.devices.mesh import by_batch, join_rows, part_rows
 from umd.masks import Mask, gather, patchify, scatter, unpatchify
 from umd.models.layers.attention import IMPLEMENTATIONS
 from umd.models.layers.blocks import CONDITIONS, REMAT, BlockDesign, Stack, modulate

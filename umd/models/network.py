@@ -53,7 +53,7 @@ class Network(Protocol):
     """Predicts every head, {head: [B, H, W, C]} float32, for several parts of a batch.
 
     The parts may differ in rows and in how many patches they keep. `groups` says how the rows of
-    the parts interleave in the batch (see `umd.devices.placement.join_rows`), for a network that
+    the parts interleave in the batch (see `umd.devices.mesh.join_rows`), for a network that
     takes the parts through some layers together.
     """
 

@@ -12,8 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from umd.codecs.codec import Codec, Weights, encode_examples
-from umd.devices.mesh import batch_sharding, put_batch, replicated, run_ahead
-from umd.devices.placement import on
+from umd.devices.mesh import batch_sharding, on, put_batch, replicated, run_ahead
 from umd.masks import mask_from_noise
 from umd.metrics.quantize import check, quantize
 from umd.samplers import Sampling, State

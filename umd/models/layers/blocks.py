@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from umd.devices import placement
-from umd.devices.placement import LAYERS
+from umd.devices import mesh
+from umd.devices.mesh import LAYERS
 from umd.models.layers.attention import IMPLEMENTATIONS, attend
 from umd.models.layers.embeddings import NOWHERE, RelativeBias, rotate
 
@@ -407,7 +407,7 @@ class Stack(nn.Module):
     """
     block = Block(self.design, self.dtype, parent=None)
     merge = Merge(self.design, self.dtype, parent=None)
-    whole = lambda params: placement.gathered(_in_dtype(params, self.dtype))
+    whole = lambda params: mesh.gathered(_in_dtype(params, self.dtype))
 
     given = [part.skip for part in parts]
 
@@ -422,7 +422,7 @@ class Stack(nn.Module):
         block.apply({"params": params}, x, part.cond, part.place)[0]
         for x, part in zip(xs, parts, strict=True)
       ]
-      return placement.by_batch(tuple(outputs))
+      return mesh.by_batch(tuple(outputs))
 
     if policy := REMAT[self.remat]:
       layer = jax.checkpoint(layer, policy=policy, prevent_cse=not self.scan)
