@@ -53,16 +53,23 @@ function draw(plot) {
     { ...layout, yaxis, uirevision: "zoom", dragmode: touch ? false : "zoom" }, settings);
 }
 
-const redraw = () => plots.forEach(draw);
-
+// Draws all plots, those in sight first; gives up when a later call starts anew.
+let newest = 0;
 async function drawAll() {
-  await unpack();
-  for (const plot of plots) {
+  const call = ++newest;
+  const distance = (plot) => Math.abs(plot.getBoundingClientRect().top);
+  for (const plot of [...plots].sort((a, b) => distance(a) - distance(b))) {
+    if (call !== newest) return;
     draw(plot);
-    await new Promise((next) => setTimeout(next)); // The page can be read in between.
+    await new Promise((next) => setTimeout(next)); // The page can be used in between.
   }
+}
+
+async function start() {
+  await unpack();
+  drawAll();
   document.addEventListener("input", (event) => {
-    if (event.target.matches("#smoothing, #log, .legend input")) redraw();
+    if (event.target.matches("#smoothing, #log, .legend input")) drawAll();
   });
   const resize = (list) => list.forEach((plot) => Plotly.Plots.resize(plot));
   for (const details of document.querySelectorAll("details")) {
@@ -89,4 +96,4 @@ for (const slider of document.querySelectorAll(".slide input")) {
   slider.addEventListener("input", () => show(slider));
   show(slider);
 }
-if (plots.length) drawAll();
+if (plots.length) start();
