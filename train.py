@@ -137,6 +137,8 @@ def main(argv):
       text = stages.table(stages.run(config, WORKDIR.value, KEY.value, _default()))
     if distributed.is_main():
       print(text, flush=True)
+  except preemption.Preempted as stopped:
+    preemption.leave(stopped)
   except (Exception, KeyboardInterrupt) as error:
     distributed.leave(_report(error))
 
