@@ -17,7 +17,6 @@ from umd import report
 from umd.devices import mesh as sharding
 from umd.runs import progress, writers
 from umd.runs import workdir as folder
-from umd.runs.checkpoint import load_params
 from umd.state import TrainState
 from umd.trained import saved
 
@@ -73,8 +72,8 @@ def _load(run: saved.Run, weights: str) -> TrainState:
   and the raw ones as parameters.
   """
   mesh = sharding.make_mesh()
-  chosen, step = load_params(run.folder, weights)
-  raw, _ = load_params(run.folder, "raw")
+  chosen, _, step = run.params(weights)
+  raw, _, _ = run.params("raw")
   place = lambda tree: sharding.replicate(tree, mesh)
   return TrainState(jnp.int32(step), place(raw), place(chosen), ())
 

@@ -20,7 +20,6 @@ from umd.devices import mesh as sharding
 from umd.metrics import linear_probe
 from umd.models.network import feature_widths
 from umd.runs import workdir as folder
-from umd.runs.checkpoint import load_params
 from umd.samplers.keys import example_keys
 from umd.trained import saved
 
@@ -187,7 +186,7 @@ def run(
   """
   say = logs.printer(name)
   parts = parts or _build(config, sharding.make_mesh(), init_from)
-  params, step = load_params(parts.run.folder, config.init_weights)
+  params, _, step = parts.run.params(config.init_weights)
   width = feature_widths(parts.run.model)["class"]
   classes = parts.train.num_classes
   say(

@@ -151,11 +151,6 @@ def brightness(monkeypatch):
   return functools.partial(make, losses, context, **DIGITS)
 
 
-def test_losses_read_the_images_once_for_all_streams_weights_and_bins(brightness, passes):
-  assert len(dict(brightness(bins=2)(STATE))) == 2 * (1 + 2)
-  assert passes == {"digits:test": 1}
-
-
 @pytest.mark.parametrize("num, expected", [(0, len(TEST)), (100, 100), (10_000, len(TEST))])
 def test_num_examples_are_the_first_ones(brightness, num, expected):
   images = TEST.arrays()[0][:expected]
@@ -269,12 +264,6 @@ def test_data_that_is_not_there_is_an_error_that_names_evaluator_and_data(tmp_pa
   missing = {"name": f"npz:{tmp_path}/no.npz", "split": "all"}
   with pytest.raises(FileNotFoundError, match=r"evals\.eval_name.*no\.npz"):
     build(eval_name={**RIGHT, "data": missing})
-
-
-def test_config_order_names_and_settings_are_kept():
-  built = build(b=RIGHT, a={**RIGHT, "every": 7})
-  assert [(s.name, s.every) for s in built] == [("b", 5), ("a", 7)]
-  assert all(isinstance(s.evaluator, losses.Evaluator) for s in built)
 
 
 def test_an_evaluator_is_due_every_so_often_and_after_the_last_step():

@@ -133,17 +133,6 @@ def test_a_model_without_labels_is_asked_for_none_and_has_no_agreement(cache):
   assert found["images"].pixels.shape == (2 * 9 + 1, 3 * 9 + 1, 1)
 
 
-def test_the_batch_size_changes_nothing(cache):
-  few, many = evaluate(cache), dict(make(Artist(), cache, batch_size=64)(STATE))
-  for name, value in few.items():
-    if name == "images":
-      np.testing.assert_array_equal(value.pixels, many[name].pixels)
-    elif isinstance(value, str):
-      assert value == many[name]
-    else:
-      assert value == pytest.approx(many[name], rel=1e-4)
-
-
 @pytest.mark.parametrize("num, columns, width", [(30, 2, 2), (20, 5, 2)])
 def test_pictures_are_one_row_per_class(cache, num, columns, width):
   """Also where a class has fewer samples than there are columns."""
@@ -346,11 +335,6 @@ def test_settings_of_inception_that_cannot_work_are_errors(
   monkeypatch.setattr(contexts, "load", fake)
   with pytest.raises((ValueError, FileNotFoundError), match=told):
     judged(Artist(), tmp_path, **settings)
-
-
-def test_a_metric_that_takes_more_samples_is_an_error(small_inception, tmp_path):
-  with pytest.raises(ValueError, match=r"num=8\b.*is_shuffled"):
-    judged(Artist(num_classes=0), tmp_path, num=8, metrics=("is_shuffled",))
 
 
 def test_missing_weights_are_an_error_at_start(monkeypatch, tmp_path):

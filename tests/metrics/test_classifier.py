@@ -1,6 +1,5 @@
 """The judge of samples: trained once, deterministically, at a bounded cost."""
 
-import itertools
 import os
 
 import flax.linen as nn
@@ -13,7 +12,6 @@ import pytest
 from umd.data import from_arrays, load
 from umd.metrics import classifier
 from umd.metrics.classifier import Classifier, load_or_train
-from umd.runs import progress
 
 TRAIN, TEST = load("digits", "train"), load("digits", "test")
 IMAGES, LABELS = TEST.arrays()
@@ -113,35 +111,6 @@ def test_larger_images_are_halved_to_eight_pixels_first(size, side):
   params = variables["params"]
   assert params["hidden"]["kernel"].shape == ((side // 2) ** 2 * 64, 64)
   assert len(params) == 4 + {8: 0, 28: 2, 32: 2, 64: 3}[size[0]]
-
-
-@pytest.mark.parametrize("number, steps", [(640, 20), (64 * 50, 25), (10, 3)])
-def test_training_is_at_most_so_many_epochs_and_steps(monkeypatch, number, steps):
-  """Each epoch shows another order, no example twice; the schedule ends where training does."""
-  shown, schedules = [], []
-  monkeypatch.setattr(classifier, "EPOCHS", 2 if number > 64 else 3)
-  monkeypatch.setattr(classifier, "MAX_STEPS", 25)
-  monkeypatch.setattr(classifier.jax, "jit", lambda step: lambda p, s, x, y: (shown.append(y), s))
-  honest = optax.cosine_onecycle_schedule
-  keep = lambda *args: schedules.append(args) or honest(*args)
-  monkeypatch.setattr(classifier.optax, "cosine_onecycle_schedule", keep)
-  labels = np.arange(number)
-  source = from_arrays("many", np.zeros((number, 1, 1, 1)), labels, number)
-  classifier._train(Classifier(number), {}, source, 0, print)
-  assert len(shown) == steps == schedules[0][0]
-  per_epoch = max(number // 64, 1)
-  epochs = [np.concatenate(shown[i : i + per_epoch]) for i in range(0, steps, per_epoch)]
-  assert len(set(epochs[0].tolist())) == len(epochs[0]) == min(64 * steps, 64 * per_epoch, number)
-  assert all((a[: len(b)] != b).any() for a, b in itertools.pairwise(epochs))
-
-
-def test_training_that_takes_long_tells_how_far_it_is(quick, monkeypatch, tmp_path):
-  monkeypatch.setattr(progress, "PATIENCE", 0.0)
-  monkeypatch.setattr(progress, "SHARE", 0.0)
-  lines = []
-  load_or_train(TEST, str(tmp_path), tell=lines.append)
-  assert lines[-1].endswith(f"{len(TEST) // 64} of {len(TEST) // 64}, 0:00 left")
-  assert "digits:test" in lines[0]
 
 
 def test_data_without_labels_is_an_error_that_says_what_to_do(tmp_path):

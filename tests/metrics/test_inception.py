@@ -12,7 +12,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from umd.metrics import inception
-from umd.metrics.inception import LOGITS, POOL, SPATIAL, Inception, Pool, from_torch, resize
+from umd.metrics.inception import LOGITS, POOL, Inception, Pool, from_torch, resize
 
 SHAPES = jax.eval_shape(Inception().init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
 
@@ -168,42 +168,15 @@ def test_a_file_of_pytorch_gives_the_same_parameters(tensors, network):
   jax.tree.map(np.testing.assert_array_equal, read, from_torch(tensors))
 
 
-def slowly_resized(image, row, column):
-  """One pixel, as TensorFlow's kernel computes it: positions in float32."""
-  (height, width), side = image.shape[:2], np.float32(299)
-  y = np.float32(row) * (np.float32(height) / side)
-  x = np.float32(column) * (np.float32(width) / side)
-  top, left = int(np.floor(y)), int(np.floor(x))
-  bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
-  dy, dx = float(y) - top, float(x) - left
-  upper = (1 - dx) * image[top, left] + dx * image[top, right]
-  lower = (1 - dx) * image[bottom, left] + dx * image[bottom, right]
-  return (1 - dy) * upper + dy * lower
-
-
-@pytest.mark.parametrize(
-  "height, width", [(2, 2), (32, 32), (5, 64), (256, 256), (299, 299), (299, 26), (512, 700)]
-)
+@pytest.mark.parametrize("height, width", [(2, 2), (32, 32), (37, 401), (299, 26), (512, 700)])
 def test_resize_is_tensorflow_1s(height, width):
-  x = np.random.default_rng(0).uniform(0, 255, (2, height, width, 3)).astype(np.float32)
-  found = np.asarray(jax.jit(resize)(x))
-  assert found.shape == (2, 299, 299, 3) and found.dtype == np.float32
-  rows, columns = [0, 1, 150, 297, 298], range(299)
-  expected = [[slowly_resized(x[1].astype(float), i, j) for j in columns] for i in rows]
-  np.testing.assert_allclose(found[1][rows], expected, rtol=0, atol=255e-5)
-  if height == width == 299:
-    np.testing.assert_array_equal(found, x)
-  else:
-    half_pixel = jax.image.resize(x, (2, 299, 299, 3), "bilinear", antialias=False)
-    assert np.abs(found - half_pixel).max() > 1
-
-
-def test_resize_agrees_with_tensorflows_operation():
   import tensorflow as tf
 
-  x = np.random.default_rng(1).uniform(0, 255, (2, 37, 401, 3)).astype(np.float32)
+  x = np.random.default_rng(1).uniform(0, 255, (2, height, width, 3)).astype(np.float32)
   expected = tf.compat.v1.image.resize_bilinear(x, (299, 299))
-  np.testing.assert_allclose(resize(jnp.asarray(x)), expected, rtol=0, atol=255e-6)
+  np.testing.assert_allclose(resize(jnp.asarray(x)), expected, rtol=0, atol=255e-5)
+  half_pixel = jax.image.resize(x, (2, 299, 299, 3), "bilinear", antialias=False)
+  assert np.abs(expected - half_pixel).max() > 1
 
 
 @pytest.mark.parametrize(
@@ -218,18 +191,6 @@ def test_pools_look_at_no_padding(pool, size):
   rows = [np.stack([reduce(window(i, j), axis=(1, 2)) for j in starts], 1) for i in starts]
   found = inception._pool(jnp.asarray(x, jnp.float32), pool)
   np.testing.assert_allclose(found, np.stack(rows, 1), rtol=1e-6)
-
-
-@pytest.mark.parametrize("count, height, width", [(1, 2, 2), (5, 32, 48), (8, 512, 512)])
-def test_outputs_have_their_widths_whatever_the_size(count, height, width):
-  x = jax.ShapeDtypeStruct((count, height, width, 3), jnp.float32)
-  found = jax.eval_shape(Inception().apply, {"params": SHAPES}, x)
-  assert {k: (v.shape, v.dtype) for k, v in found.items()} == {
-    "pool": ((count, POOL), jnp.float32),
-    "spatial": ((count, SPATIAL), jnp.float32),
-    "logits": ((count, LOGITS), jnp.float32),
-  }
-  assert (POOL, SPATIAL, LOGITS) == (2048, 2023, 1008)
 
 
 def test_images_without_three_channels_are_an_error():
@@ -270,13 +231,6 @@ def test_chunks_do_not_change_what_is_computed(rows):
   assert set(seen) == {max(n for n in (1, 2, 3, 4) if rows % n == 0)}
 
 
-def test_accelerators_see_the_whole_batch(monkeypatch):
-  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-  seen = []
-  inception._in_chunks(lambda x: seen.append(x.shape), jnp.zeros((8, 3)), 4)
-  assert seen == [(8, 3)]
-
-
 def test_the_published_file_holds_these_tensors(tensors):
   """95,628,359 bytes: the floats, and between 100 and 300 bytes of names and places for each."""
   floats = [value for key, value in tensors.items() if "num_batches" not in key]
@@ -301,9 +255,7 @@ def test_parameters_are_those_of_the_module_and_ignore_what_is_unused(tensors):
       lambda t: t.pop("Mixed_6d.branch1x1.conv.weight"),
       "Mixed_6d.branch1x1.conv.weight is missing",
     ),
-    (lambda t: t.pop("fc.weight"), "fc.weight is missing"),
     (lambda t: t.update(extra=np.zeros(3)), "extra is unexpected"),
-    (lambda t: t.update({"AuxLogits.fc.bias": np.zeros(3)}), "AuxLogits.fc.bias is unexpected"),
     (
       lambda t: t.update({"fc.weight": np.zeros((1000, 2048))}),
       "fc.weight has shape (1000, 2048), not (1008, 2048)",

@@ -1,4 +1,4 @@
-"""Images, masks and labels that users give a trained model: checked before anything is computed."""
+"""Checks images, masks and labels that users give a trained model, before anything is computed."""
 
 import difflib
 from collections.abc import Sequence
@@ -6,21 +6,21 @@ from collections.abc import Sequence
 import numpy as np
 
 ALL = "all"
-SHOWN = 20  # Names in a message.
+SHOWN = 20  # The names of classes that a message lists.
 
 Size = tuple[int, int, int]
 Labels = int | str | Sequence[int | str] | None
 
 
 def as_images(images, size: Size) -> np.ndarray:
-  """Images [n, H, W, C], or one [H, W, C], as uint8 or float32 [n, H, W, C].
+  """Returns images [n, H, W, C], or one [H, W, C], as uint8 or float32 [n, H, W, C].
 
   Args:
-    images: NumPy or JAX; uint8, or floats in [-1, 1].
+    images: arrays of NumPy or JAX; uint8, or floats in [-1, 1].
     size: (H, W, C) of the model's images.
 
   Raises:
-    ValueError: of another size, type or range; nothing is resized in silence.
+    ValueError: they have another size, type or range; nothing is resized in silence.
   """
   x = np.asarray(images)
   x = x[None] if x.ndim == 3 else x
@@ -44,10 +44,10 @@ def as_images(images, size: Size) -> np.ndarray:
 
 
 def as_mask(mask, size: Size, n: int) -> np.ndarray:
-  """Pixels to be filled in, for each of n images or one mask for all, as bool [n, H, W].
+  """Returns the pixels to be filled in, of n images or of one mask for all, as bool [n, H, W].
 
   Raises:
-    ValueError: of another shape, with values that are neither 0 nor 1, or with nothing to fill.
+    ValueError: a mask has another shape, values that are neither 0 nor 1, or nothing to fill.
   """
   x, (height, width, _) = np.asarray(mask), size
   x = x[..., 0] if x.ndim > 2 and x.shape[-1] == 1 and x.shape[-3:-1] == (height, width) else x
@@ -68,7 +68,7 @@ def as_mask(mask, size: Size, n: int) -> np.ndarray:
 
 
 def tiles(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-  """bool [n, rows, columns]: which tiles of a grid over a mask [n, H, W] have any pixel in it."""
+  """Returns bool [n, rows, columns]: which tiles of a grid over a mask [n, H, W] it touches."""
   (n, height, width), (rows, columns) = mask.shape, grid
   return mask.reshape(n, rows, height // rows, columns, width // columns).any(axis=(2, 4))
 
@@ -97,15 +97,15 @@ def _label(label: int | str, names: Sequence[str], num_classes: int) -> int:
 
 
 def label_ids(labels: Labels, names: Sequence[str], num_classes: int) -> np.ndarray | None:
-  """int32 [L], or None for no labels.
+  """Returns the classes int32 [L], or None for no labels.
 
   Args:
     labels: one label or several, as numbers or names; "all" for every class once; None for none.
-    names: of the classes, () if they are not known. "3" is the class 3 unless that is a name.
-    num_classes: of the model.
+    names: the names of the classes, () if they are not known. "3" is class 3 unless it is a name.
+    num_classes: the number of the model's classes.
 
   Raises:
-    ValueError: no such class, or a model without labels.
+    ValueError: there is no such class, or the model has no labels.
   """
   if labels is None:
     return None
@@ -113,12 +113,8 @@ def label_ids(labels: Labels, names: Sequence[str], num_classes: int) -> np.ndar
     raise ValueError(f"labels={labels!r}: the model was trained without labels. Leave them out.")
   if isinstance(labels, str) and labels == ALL:
     return np.arange(num_classes, dtype=np.int32)
-  several = (
-    [labels] if isinstance(labels, (int, str, np.integer)) else list(np.asarray(labels).flat)
-  )
+  one = isinstance(labels, (int, str, np.integer))
+  several = [labels] if one else np.asarray(labels).ravel().tolist()
   if not several:
     raise ValueError("labels=[] names no class. Give one, 'all', or None for samples without.")
-  found = [
-    _label(x.item() if isinstance(x, np.generic) else x, list(names), num_classes) for x in several
-  ]
-  return np.asarray(found, np.int32)
+  return np.asarray([_label(label, list(names), num_classes) for label in several], np.int32)

@@ -1,4 +1,4 @@
-"""Pictures in files: one to be looked at by a model, grids and animations to be looked at."""
+"""Reads images and masks for a model from files, and writes grids and animations."""
 
 import os
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ from umd.runs.progress import Tell, say
 from umd.runs.writers import to_grid
 
 ANIMATIONS = (".webp", ".gif")
-FRAME, LAST = 80, 1500  # Milliseconds.
-SIDE = 64  # Smaller images are drawn larger, about so many pixels wide.
+FRAME, LAST = 80, 1500  # Milliseconds that a frame, and the last one, are shown.
+SIDE = 64  # Smaller images are enlarged to about so many pixels.
 
 Size = tuple[int, int, int]
 
 
 def _open(path: str):
-  """A Pillow image, upright."""
+  """Opens a Pillow image, upright."""
   from PIL import Image, ImageOps, UnidentifiedImageError
 
   path = os.path.expanduser(path)
@@ -32,7 +32,7 @@ def _open(path: str):
 
 
 def _fit(image, size: Size, resample):
-  """The largest part in the middle of the model's proportions, in its size."""
+  """Crops the largest part in the middle of the model's proportions, and resizes it."""
   (width, height), (rows, columns, _) = image.size, size
   scale = min(width / columns, height / rows)
   left, top = (width - columns * scale) / 2, (height - rows * scale) / 2
@@ -41,12 +41,12 @@ def _fit(image, size: Size, resample):
 
 
 def read_image(path: str, size: Size, tell: Tell = say) -> np.ndarray:
-  """An image as uint8 (H, W, C) of the model's size; transparent parts over white.
+  """Reads an image as uint8 (H, W, C) of the model's size, transparent parts over white.
 
-  One of another size is cropped to the middle and resized, which `tell` is told.
+  An image of another size is cropped to the middle and resized, and `tell` says so.
 
   Raises:
-    FileNotFoundError, ValueError: there is none, or it is no image.
+    FileNotFoundError, ValueError: there is no such file, or it is no image.
   """
   from PIL import Image
 
@@ -78,16 +78,16 @@ def _box(text: str, size: Size) -> np.ndarray:
 
 
 def read_mask(mask: str, size: Size, image_file: str) -> np.ndarray:
-  """bool [H, W] of the model's size, true where an image is to be filled in.
+  """Reads a mask as bool [H, W] of the model's size, true where an image is to be filled in.
 
   Args:
     mask: "box:TOP,LEFT,HEIGHT,WIDTH" in pixels of the model's images, or an image file, white where
       it is to be filled in, of the size of `image_file` (and treated alike) or the model's.
     size: (H, W, C).
-    image_file: what the mask is for.
+    image_file: the image that the mask is for.
 
   Raises:
-    FileNotFoundError, ValueError: there is none, it has another size, or marks nothing.
+    FileNotFoundError, ValueError: there is no such file, it has another size, or marks nothing.
   """
   from PIL import Image
 
@@ -101,19 +101,20 @@ def read_mask(mask: str, size: Size, image_file: str) -> np.ndarray:
     )
   if white.size != (size[1], size[0]):
     white = _fit(white, size, Image.Resampling.BOX)
-  if not (found := np.asarray(white) > 0).any():  # Any white in a pixel counts.
+  marked = np.asarray(white) > 0  # Any white in a pixel counts.
+  if not marked.any():
     raise ValueError(f"--mask={mask!r} has nothing white, so there is nothing to fill in.")
-  return found
+  return marked
 
 
 def grid(images: np.ndarray, columns: int) -> np.ndarray:
-  """uint8 images [n, H, W, C] in rows of `columns`, small ones enlarged."""
+  """Arranges uint8 images [n, H, W, C] in rows of `columns`, small ones enlarged."""
   scale = max(1, SIDE // images.shape[1])
   return to_grid(images.astype(np.float32) / 127.5 - 1, columns, scale).pixels
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-  """A PNG file of uint8 [H, W, 1 or 3]."""
+  """Encodes uint8 [H, W, 1 or 3] as a PNG file."""
   import io
 
   from PIL import Image
