@@ -49,7 +49,7 @@ KINDS = ("blocking", "background", "verify", "restore")
 
 
 def make_state(variant: str, size: int) -> TrainState:
-  """The state of a run of that config, with random numbers: zeros could be stored as less."""
+  """Returns the state of a run of that config, with random numbers: zeros compress too well."""
   config = ae_i1k.get_config(f"variant={variant},size={size}").pretrain
   model = diffusion.make_model(config, (size, size, 3), num_classes=1000)
   settings = config.optim.to_dict()
@@ -68,36 +68,36 @@ def make_state(variant: str, size: int) -> TrainState:
   return jax.tree.map(fill, state)
 
 
-def timed(work: Callable) -> tuple[float, object]:
-  """(seconds, what it returns)."""
-  start = time.perf_counter()
-  found = jax.block_until_ready(work())
-  return time.perf_counter() - start, found
-
-
 def measure(state: TrainState, workdir: str, repeats: int) -> dict[str, list[float]]:
-  """{kind: seconds of each repeat}; every repeat saves another step and restores it.
+  """Returns {kind: seconds of each repeat}; every repeat saves another step and restores it.
 
   Raises:
+    OSError: a checkpoint could not be written.
     ValueError: what was restored is not what was saved.
   """
   seconds = {kind: [] for kind in KINDS}
+
+  def measured(kind: str, work: Callable):
+    start = time.perf_counter()
+    result = jax.block_until_ready(work())
+    seconds[kind].append(time.perf_counter() - start)
+    return result
+
   with Checkpoints(workdir, keep=1) as checkpoints:
     for step in range(1, repeats + 1):
-      add = lambda kind, took: seconds[kind].append(took[0]) or took[1]
-      add("blocking", timed(lambda step=step: checkpoints.save(state, step, {"position": step})))
-      if not add("background", timed(checkpoints.wait)):
-        raise ValueError(f"the checkpoint in {workdir} could not be written, see above.")
-      add("verify", timed(lambda: find_newest(os.path.join(workdir, FOLDER))))
-      found, _ = add("restore", timed(lambda step=step: checkpoints.restore(state, step)))
-      for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(found), strict=True):
-        if not np.array_equal(a, b):
+      measured("blocking", functools.partial(checkpoints.save, state, step, {"position": step}))
+      if not measured("background", checkpoints.wait):
+        raise OSError(f"the checkpoint in {workdir} could not be written, see above.")
+      measured("verify", lambda: find_newest(os.path.join(workdir, FOLDER)))
+      restored, _ = measured("restore", functools.partial(checkpoints.restore, state, step))
+      for saved, read in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
+        if not np.array_equal(saved, read):
           raise ValueError(f"step {step}: what was restored is not what was saved.")
   return seconds
 
 
 def folder_bytes(path: str) -> int:
-  """Bytes of all files in a folder."""
+  """Returns the size in bytes of all files below a folder."""
   return sum(
     os.path.getsize(os.path.join(where, name))
     for where, _, names in os.walk(path)
@@ -106,7 +106,7 @@ def folder_bytes(path: str) -> int:
 
 
 def rows(args: argparse.Namespace) -> Iterator[dict]:
-  """A row for each kind of work, over all saves but the first."""
+  """Yields a row for each kind of work, over all saves but the first."""
   if args.folder:
     os.makedirs(args.folder, exist_ok=True)
   state = make_state(args.variant, args.size)
