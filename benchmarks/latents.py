@@ -60,7 +60,7 @@ def make_steps(args: argparse.Namespace, mesh) -> dict:
   config = ae_i1k.get_config(f"{arguments},latent_diffusion=True,dtype={args.dtype}").pretrain
   image_size = (args.size, args.size, 3)
   seen = codec.model_size(image_size)
-  model = models.make(image_size=seen, **saved.as_it_runs(config.model.to_dict()))
+  model = models.make(image_size=seen, **saved.network_settings(config.model.to_dict()))
   streams, path = (
     objectives.make_streams(config.streams.to_dict()),
     make_path(**config.path.to_dict()),

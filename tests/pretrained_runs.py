@@ -51,7 +51,7 @@ def make(path, settings, classes=10, names=NAMES, codec=None, steps=(3, 7), size
   Step s scores -s. Returns the folder.
   """
   path, codec = str(path), codec or Pixels()
-  model = saved.as_it_runs(settings.model.to_dict())
+  model = saved.network_settings(settings.model.to_dict())
   model = AutoEncoder(image_size=codec.model_size(size), num_classes=classes, **model)
   workdir.start(path, settings.to_dict())
   workdir.write_json(os.path.join(path, saved.ABOUT), saved.describe_model(model, codec, names))

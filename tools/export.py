@@ -22,7 +22,7 @@ from umd.codecs import vae_files
 from umd.runs import workdir
 from umd.runs.progress import say
 from umd.runs.writers import read_jsonl
-from umd.trained.saved import CONFIG, ENVIRONMENT, FORMAT, NEWEST, TENSORS, Run, open_run
+from umd.trained.saved import CONFIG, ENVIRONMENT, FORMAT, NEWEST, TENSORS, TrainedRun, open_run
 from umd.weights import download, safetensors
 
 CARD, VAE = "README.md", "vae"
@@ -104,7 +104,7 @@ def export(args: argparse.Namespace) -> None:
   )
 
 
-def check_out(out: str, trained: Run) -> None:
+def check_out(out: str, trained: TrainedRun) -> None:
   """Raises ValueError unless the folder is new, empty, or an earlier export of the same model."""
   if os.path.isfile(out):
     raise ValueError(f"--out={out!r} is a file. Give the name of a folder.")
@@ -141,7 +141,7 @@ def copy_vae(out: str, vae: str) -> str:
   return f"./{VAE}"
 
 
-def make_card(trained: Run, held: Mapping, count: int, name: str) -> str:
+def make_card(trained: TrainedRun, held: Mapping, count: int, name: str) -> str:
   """Writes the text of the model card.
 
   Args:
@@ -187,7 +187,7 @@ def _cell(value) -> str:
   return str(value).replace("|", "\\|").replace("\n", " ").replace("`", "'")
 
 
-def _facts(trained: Run) -> str:
+def _facts(trained: TrainedRun) -> str:
   about, data = trained.description, trained.config["data"]
   facts = {
     "network": json.dumps(dict(about.model)),

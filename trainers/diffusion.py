@@ -157,7 +157,7 @@ def make_model(config, image_size: tuple[int, int, int], num_classes: int, **att
   `attributes` take the place of the config's.
   """
   num_classes = num_classes if config.use_labels else 0
-  attributes = {**saved.as_it_runs(config.model.to_dict()), **attributes}
+  attributes = {**saved.network_settings(config.model.to_dict()), **attributes}
   return models.make(image_size=image_size, num_classes=num_classes, **attributes)
 
 

@@ -24,7 +24,7 @@ from umd.trained import saved
 class Parts(NamedTuple):
   """The trained run, and the evaluators that look at it."""
 
-  run: saved.Run
+  run: saved.TrainedRun
   evaluators: list[evaluators.Scheduled]
 
 
@@ -58,7 +58,7 @@ def _build(config, cache: str, init_from: str) -> Parts:
   return Parts(run, evaluators.from_config(settings(config, run), context))
 
 
-def settings(config, run: saved.Run) -> dict:
+def settings(config, run: saved.TrainedRun) -> dict:
   """Returns the evaluators' settings; guidance is left out where the run has no labels for it."""
   evals = config.evals.to_dict()
   for of_evaluator in evals.values():
@@ -67,7 +67,7 @@ def settings(config, run: saved.Run) -> dict:
   return evals
 
 
-def _load(run: saved.Run, weights: str) -> TrainState:
+def _load(run: saved.TrainedRun, weights: str) -> TrainState:
   """Places the run's weights on all devices: the chosen ones as the average, which evaluators read,
   and the raw ones as parameters.
   """

@@ -41,7 +41,7 @@ class Parts(NamedTuple):
   """
 
   mesh: Mesh
-  run: saved.Run
+  run: saved.TrainedRun
   codec: Codec
   train: data.Source
   held_out: dict[str, data.Source]

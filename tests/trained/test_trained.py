@@ -233,7 +233,7 @@ def test_a_model_of_latents_takes_and_gives_pixels(latent_model):
   assert (made[:, mask] != images[:, mask]).any()
   about = dataclasses.replace(latent_model.description, vae_sha256="1" * 64)
   with pytest.raises(ValueError, match="Give the vae that it was trained with"):
-    saved.Run(latent_model.folder, about).open_codec(make_mesh())
+    saved.TrainedRun(latent_model.folder, about).open_codec(make_mesh())
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def _check_start(stage: Mapping, source: Mapping, name: str, done: bool) -> Iter
 
 def _leaves(stage: Mapping, variant: str) -> dict:
   """{name: shape} of a stage's parameters, in another size if `variant` says one."""
-  settings = saved.as_it_runs(stage["model"])
+  settings = saved.network_settings(stage["model"])
   settings["variant"] = variant or settings["variant"]
   patch = parse_variant(settings["variant"]).patch
   # One patch in grey: what depends on the images is seen once they are opened.

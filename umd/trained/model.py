@@ -73,7 +73,7 @@ class Pretrained:
     folder, weights, step: where the weights are from, "ema" or "raw", and after how many steps.
   """
 
-  def __init__(self, run: saved.Run, params: dict, weights: str, step: int, mesh: Mesh):
+  def __init__(self, run: saved.TrainedRun, params: dict, weights: str, step: int, mesh: Mesh):
     """Takes what `load` reads."""
     self.folder, self.weights, self.step = run.folder, weights, step
     self.description = run.description

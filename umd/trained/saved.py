@@ -95,7 +95,7 @@ class Description:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class TrainedRun:
   """A trained model on disk.
 
   Attributes:
@@ -199,7 +199,7 @@ class Run:
     return tensors, held["which"], held["step"]
 
 
-def open_run(path: str, **settings) -> Run:
+def open_run(path: str, **settings) -> TrainedRun:
   """Opens the model in a run's workdir, in the last stage of one with stages, or in an export.
 
   Args:
@@ -260,7 +260,7 @@ def _has_checkpoint(folder: str) -> bool:
   return folders.exists(checkpoints) and bool(integrity.steps(checkpoints))
 
 
-def _open_workdir(folder: str, config: Mapping) -> Run:
+def _open_workdir(folder: str, config: Mapping) -> TrainedRun:
   if config.get("trainer") != "diffusion":
     hint = f" It looks at {config['init_from']!r}: load that." if config.get("init_from") else ""
     raise ValueError(
@@ -286,7 +286,7 @@ def _open_workdir(folder: str, config: Mapping) -> Run:
     class_names=tuple(about["class_names"]),
     sampling=_sampling(config, models.make(**model), make_path(**config["path"])),
   )
-  return Run(folder, description, config)
+  return TrainedRun(folder, description, config)
 
 
 def _sampling(config: Mapping, model: Network, path: Path) -> Sampling:
@@ -302,7 +302,7 @@ def _sampling(config: Mapping, model: Network, path: Path) -> Sampling:
   return dataclasses.replace(sampling, clip_x0=clip_x0, cfg_scale=cfg_scale)
 
 
-def _open_export(folder: str, config: Mapping) -> Run:
+def _open_export(folder: str, config: Mapping) -> TrainedRun:
   if config[FORMAT] != VERSION:
     raise ValueError(
       f"{folders.join(folder, CONFIG)}: {FORMAT}={config[FORMAT]!r}, but only {VERSION} is known "
@@ -320,7 +320,7 @@ def _open_export(folder: str, config: Mapping) -> Run:
     "class_names": tuple(fields["class_names"]),
     "sampling": Sampling().updated(fields["sampling"]),
   }
-  return Run(folder, Description(**fields), exported=config["weights"])
+  return TrainedRun(folder, Description(**fields), exported=config["weights"])
 
 
 # For trainers: what a run leaves beside its config, and what may start from it.
@@ -362,7 +362,7 @@ def locate(reference: str, workdir: str) -> str:
   return reference
 
 
-def as_it_runs(model: Mapping) -> dict:
+def network_settings(model: Mapping) -> dict:
   """Returns the attributes of a config's network.
 
   What the config leaves open is as suits a forward pass: a loop over layers, which compiles faster.
@@ -392,7 +392,7 @@ def _check_vae(folder: str, trained: str, sha256: str) -> None:
     )
 
 
-def check_expected(run: Run, expected: Mapping) -> None:
+def check_expected(run: TrainedRun, expected: Mapping) -> None:
   """Raises ValueError where the run is not what the command says it is.
 
   Args:
