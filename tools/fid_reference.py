@@ -71,8 +71,8 @@ def pick(source: Source, num: int) -> np.ndarray:
     )
     batches = chosen.map(in_graph(image), num_parallel_calls=tf.data.AUTOTUNE).batch(TOGETHER)
     clock, done = Clock(say, f"picking images of {source.name}", int(wanted[low:high].sum())), 0
-    for index, found in batches.as_numpy_iterator():
-      images[np.searchsorted(ids, index)] = quantize(jnp.asarray(found), "round")
+    for index, seen in batches.as_numpy_iterator():
+      images[np.searchsorted(ids, index)] = quantize(jnp.asarray(seen), "round")
       clock(done := done + len(index))
   for i in range(0, len(images) if jax.process_count() > 1 else 0, TOGETHER):
     sent = each_process([images[i : i + TOGETHER]])
@@ -103,44 +103,46 @@ def make(args: argparse.Namespace) -> None:
   say(f"{source.name}: {len(source)} images, {height} x {width} x {channels}")
   network = features.load_network(features.find_network(args.weights), mesh)
   batch_size = fitting(args.batch_size, len(source), mesh)
-  found = features.describe(source, network, mesh, batch_size, keep=args.images)
+  measured = features.describe(source, network, mesh, batch_size, keep=args.images)
   images = pick(source, args.images) if args.images else None
   if distributed.is_main():
-    statistics.write(args.out, found, images)
+    statistics.write(args.out, measured, images)
   count = 0 if images is None else len(images)
   say(
-    f"{args.out}: moments of {found.count} images, {height} x {width}, and {count} of them with "
+    f"{args.out}: moments of {measured.count} images, {height} x {width}, and {count} of them with "
     f"their features; Inception {network.sha256[:12]}; {format_seconds(time.monotonic() - start)}"
   )
-  if found.count < statistics.FEW:
+  if measured.count < statistics.FEW:
     say(
-      f"warning: {found.count} images are fewer than Inception's {statistics.FEW} features. The "
+      f"warning: {measured.count} images are fewer than Inception's {statistics.FEW} features. The "
       "covariance is singular; an FID against it says little."
     )
 
 
-def tell(file: str, found: statistics.Statistics, source: Source | None) -> None:
+def tell(file: str, measured: statistics.Statistics, source: Source | None) -> None:
   """Prints what a file of statistics holds, and which metrics it serves."""
   size = " x ".join(str(side) for side in source.image_size) if source else ""
   lines = {
-    "count": f"{found.count} images" if found.count else "the file does not say",
-    "mu, sigma": f"{len(found.pool.mu)} pool features, for FID",
+    "count": f"{measured.count} images" if measured.count else "the file does not say",
+    "mu, sigma": f"{len(measured.pool.mu)} pool features, for FID",
     "mu_s, sigma_s": (
-      f"{len(found.spatial.mu)} spatial features, for sFID" if found.spatial else "none: no sFID"
+      f"{len(measured.spatial.mu)} spatial features, for sFID"
+      if measured.spatial
+      else "none: no sFID"
     ),
     "arr_0": f"{len(source)} images, uint8, {size}" if source else "no images",
-    "features": "none" if found.features is None else f"of {len(found.features)} images",
-    "Inception": found.inception[:12] or "the file does not say",
+    "features": "none" if measured.features is None else f"of {len(measured.features)} images",
+    "Inception": measured.inception[:12] or "the file does not say",
   }
-  say(f"{file}: statistics {found.name!r}")
+  say(f"{file}: statistics {measured.name!r}")
   for key, line in lines.items():
     say(f"  {key:13s}  {line}")
-  serves = statistics.possible(found)
-  if source and found.features is None:
+  serves = statistics.possible(measured)
+  if source and measured.features is None:
     say(f"  {'serves':13s}  {', '.join(statistics.METRICS)} (some need features of arr_0)")
   else:
     say(f"  {'serves':13s}  {', '.join(serves)}")
-  if not (found.spatial or source or found.count or found.inception):
+  if not (measured.spatial or source or measured.count or measured.inception):
     say(NOTHING_ELSE)
 
 
@@ -154,22 +156,24 @@ def complete(args: argparse.Namespace, file: str) -> None:
   """Tells what is in a file of statistics and, with --out, adds the features of its images."""
   if args.size is not None:
     raise ValueError(f"--size={args.size}: {file!r} holds statistics, which have no size. Drop it.")
-  found = statistics.read(file)
+  stored = statistics.read(file)
   source = open_images(f"npz:{file}") if images_in(file) else None
-  tell(file, found, source)
+  tell(file, stored, source)
   if not args.out:
     return
-  if found.features is not None or source is None:
-    why = "it has features" if found.features is not None else "it has no images to get features of"
+  if stored.features is not None or source is None:
+    why = (
+      "it has features" if stored.features is not None else "it has no images to get features of"
+    )
     say(f"nothing to add: {why}; {args.out} is not written")
     return
   mesh = make_mesh()
   network = features.load_network(features.find_network(args.weights), mesh)
-  statistics.check_weights(found, network.sha256)
+  statistics.check_weights(stored, network.sha256)
   batch_size = fitting(args.batch_size, len(source), mesh)
   seen = features.describe(source, network, mesh, batch_size, keep=len(source))
   if distributed.is_main():
-    whole = dataclasses.replace(found, features=seen.features)
+    whole = dataclasses.replace(stored, features=seen.features)
     statistics.write(args.out, whole, source.records.images)
   say(f"{args.out}: the same, with pool features of {len(source)} images")
 

@@ -276,10 +276,10 @@ def from_torch(tensors: Mapping[str, np.ndarray]) -> dict:
   for layer, (height, width, inputs, outputs) in layers.items():
     expected[f"{layer}.conv.weight"] = (outputs, inputs, height, width)
     expected |= {f"{layer}.bn.{part}": (outputs,) for part in BN}
-  found = {k: v for k, v in tensors.items() if k != "fc.bias" and not k.endswith(TRACKED)}
-  wrong = [f"{key} is missing" for key in expected if key not in found]
-  wrong += [f"{key} is unexpected" for key in found if key not in expected]
-  both = [(key, found[key].shape, shape) for key, shape in expected.items() if key in found]
+  given = {k: v for k, v in tensors.items() if k != "fc.bias" and not k.endswith(TRACKED)}
+  wrong = [f"{key} is missing" for key in expected if key not in given]
+  wrong += [f"{key} is unexpected" for key in given if key not in expected]
+  both = [(key, given[key].shape, shape) for key, shape in expected.items() if key in given]
   wrong += [f"{key} has shape {got}, not {shape}" for key, got, shape in both if got != shape]
   if wrong:
     more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
@@ -287,11 +287,11 @@ def from_torch(tensors: Mapping[str, np.ndarray]) -> dict:
       f"These are not the tensors of the Inception of 2015-12-05: {'; '.join(wrong[:5])}{more}. "
       "Give pt_inception-2015-12-05-6726825d.pth, as pytorch-fid and torch-fidelity publish it."
     )
-  params = {"fc.kernel": found["fc.weight"].T}
+  params = {"fc.kernel": given["fc.weight"].T}
   for layer in layers:
-    gain, bias, mean, var = (found[f"{layer}.bn.{part}"].astype(np.float64) for part in BN)
+    gain, bias, mean, var = (given[f"{layer}.bn.{part}"].astype(np.float64) for part in BN)
     scale = gain / np.sqrt(var + BN_EPS)
-    params[f"{layer}.kernel"] = found[f"{layer}.conv.weight"].transpose(2, 3, 1, 0)
+    params[f"{layer}.kernel"] = given[f"{layer}.conv.weight"].transpose(2, 3, 1, 0)
     params |= {f"{layer}.scale": scale, f"{layer}.bias": bias - mean * scale}
   params = {key: np.ascontiguousarray(value, np.float32) for key, value in params.items()}
   return unflatten_dict(params, sep=".")

@@ -77,19 +77,19 @@ def read(path: str) -> Statistics:
       "tools.fid_reference."
     )
   try:
-    with np.load(os.path.expanduser(path), allow_pickle=False) as arrays:
-      found = {key: arrays[key] for key in keys if key not in ("arr_0", "arr_1")}
+    with np.load(os.path.expanduser(path), allow_pickle=False) as file:
+      arrays = {key: file[key] for key in keys if key not in ("arr_0", "arr_1")}
   except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
     raise ValueError(f"{path!r} is damaged: {error}. Make or fetch it again.") from None
-  pool = _gaussian(path, found, ("mu", "sigma"), POOL)
+  pool = _gaussian(path, arrays, ("mu", "sigma"), POOL)
   spatial = None
-  if {"mu_s", "sigma_s"} <= found.keys():
-    spatial = _gaussian(path, found, ("mu_s", "sigma_s"), SPATIAL)
-  features = found.get("features")
+  if {"mu_s", "sigma_s"} <= arrays.keys():
+    spatial = _gaussian(path, arrays, ("mu_s", "sigma_s"), SPATIAL)
+  features = arrays.get("features")
   if features is not None and features.shape[1:] != (POOL,):
     raise ValueError(f"{path!r}: features are {list(features.shape)}, but must be [k, {POOL}].")
   name = os.path.basename(path).removesuffix(".npz")
-  count, weights = int(found.get("count", 0)), str(found.get("inception", ""))
+  count, weights = int(arrays.get("count", 0)), str(arrays.get("inception", ""))
   return Statistics(name, count, pool, spatial, features, inception=weights)
 
 
@@ -128,8 +128,8 @@ def _keys(path: str) -> list[str]:
     raise ValueError(f"{path!r} is not readable as npz: {error}.") from None
 
 
-def _gaussian(path, found, names, size) -> Gaussian:
-  mu, sigma = (np.asarray(found[name], np.float64) for name in names)
+def _gaussian(path, arrays, names, size) -> Gaussian:
+  mu, sigma = (np.asarray(arrays[name], np.float64) for name in names)
   if mu.shape != (size,) or sigma.shape != (size, size):
     raise ValueError(
       f"{path!r}: {names[0]} is {list(mu.shape)} and {names[1]} {list(sigma.shape)}, but Inception "
@@ -252,6 +252,6 @@ def compare(
   for name in metrics:
     metric = METRICS[name]
     with progress.during(f"computing {', '.join(metric.names)}", tell):
-      found = np.atleast_1d(metric.measure(samples, reference))
-    values |= {key: float(value) for key, value in zip(metric.names, found, strict=True)}
+      measured = np.atleast_1d(metric.measure(samples, reference))
+    values |= {key: float(value) for key, value in zip(metric.names, measured, strict=True)}
   return values

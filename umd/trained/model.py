@@ -235,8 +235,8 @@ class Pretrained:
     """
     rows, sampling = self._to_sample(labels, num, settings)
     program = self._programs.compiled("trace", how=quantize, sampling=sampling)
-    found = self._programs.all(program, self._weights, seed, rows, len(rows["index"]))
-    return Trajectory(*(np.moveaxis(x, 1, 0) for x in found))
+    frames = self._programs.all(program, self._weights, seed, rows, len(rows["index"]))
+    return Trajectory(*(np.moveaxis(x, 1, 0) for x in frames))
 
   def inpaint(
     self,
