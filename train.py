@@ -1,4 +1,8 @@
-"""Trains what a config describes: python -m train --config CONFIG[:ARGUMENTS] --workdir DIR."""
+"""Trains what a config describes: python -m train --config CONFIG[:ARGUMENTS] --workdir DIR.
+
+Exit status: 0 after the last step, 2 if the command or its config is wrong, 1 if something failed,
+75 if the run was stopped by a signal and goes on with the same command (`umd.runs.preemption`).
+"""
 
 import contextlib
 import os
@@ -29,7 +33,6 @@ START_SECONDS = flags.DEFINE_integer("start_seconds", 300, "How long to wait for
 HEARTBEAT_SECONDS = flags.DEFINE_integer(
   "heartbeat_seconds", 60, "A process silent for so long is dead; the others then end, too."
 )
-
 HELP_CONFIG = flags.DEFINE_bool(
   "help_config", False, "Print the config's arguments with their values and meaning, and end."
 )
@@ -38,13 +41,12 @@ DRY_RUN = flags.DEFINE_bool(
 )
 
 EXAMPLE = "python -m train --config configs/quickstart.py:method=umd --workdir runs/quickstart"
-
-
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
+USER_ERROR = 2  # The exit status.
 
 
 def _is_user_error(error: BaseException) -> bool:
-  """Whether our own code raised it to say what is wrong with the input."""
+  """Returns whether our own code raised it to say what is wrong with the input."""
   if not isinstance(error, USER_ERRORS):
     return False
   raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
@@ -53,37 +55,42 @@ def _is_user_error(error: BaseException) -> bool:
 
 
 def _report(error: BaseException) -> int:
-  """Prints the message alone if it is meant for the user, else a traceback; the exit status."""
+  """Prints the message alone if it is meant for the user, else a traceback; returns the status."""
   if _is_user_error(error):
     print(f"error: {error}", file=sys.stderr)
-    return 2
+    return USER_ERROR
   traceback.print_exception(error)
   return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
-def _help_config(argv) -> str | None:
-  """What --help_config is to print; None if nobody asks.
+def _refuse(text: str) -> None:
+  print(f"error: {text} Example:\n  {EXAMPLE}", file=sys.stderr)
+  sys.exit(USER_ERROR)
 
-  A look ahead: who asks for a config's arguments need not have given those that it needs.
+
+def _help_config(argv: list[str]) -> str | None:
+  """Returns what --help_config prints; None unless it is given.
+
+  It looks ahead of the other flags: a config's arguments can be printed without those it needs.
   """
-  asked = flags.FlagValues()
-  flags.DEFINE_bool(HELP_CONFIG.name, False, "", flag_values=asked)
-  flags.DEFINE_string(CONFIG.name, None, "", flag_values=asked)
-  asked.set_gnu_getopt()
-  asked(argv, known_only=True)
-  if not asked.help_config:
+  ahead = flags.FlagValues()
+  flags.DEFINE_bool(HELP_CONFIG.name, False, "", flag_values=ahead)
+  flags.DEFINE_string(CONFIG.name, None, "", flag_values=ahead)
+  ahead.set_gnu_getopt()
+  ahead(argv, known_only=True)
+  if not ahead.help_config:
     return None
-  if not asked.config:
+  if not ahead.config:
     raise ValueError("--help_config tells of a config: give --config, too.")
-  from configs import common
+  from configs import common, methods
   from trainers.config import help
 
-  path, _, text = asked.config.partition(":")
-  return help.describe(path, text, common.parse_arg, common.METHODS)
+  path, _, text = ahead.config.partition(":")
+  return help.describe(path, text, common.parse_arg, methods.METHODS)
 
 
-def _parse_flags(argv):
-  """Parses the flags; what is wrong with them is said in one line."""
+def _parse_flags(argv: list[str]) -> list[str]:
+  """Parses the flags; one line says what is wrong with them."""
   try:
     if (text := _help_config(argv)) is not None:
       print(text)
@@ -97,28 +104,37 @@ def _parse_flags(argv):
     chain = [error]
     while chain[-1].__context__ and not chain[-1].__suppress_context__:
       chain.append(chain[-1].__context__)
-    told = next((e for e in chain if _is_user_error(e)), error)
-    sys.exit(f"error: {told}\nSee --help, or the top of the config file. Example:\n  {EXAMPLE}")
+    cause = next((e for e in chain if _is_user_error(e)), error)
+    _refuse(f"{cause}\nSee --help, or the top of the config file.")
+
+
+def _hide_key() -> None:
+  """Takes --key out of the command, which wandb and the workdir keep for others to read."""
+  argv = sys.argv
+  hidden = [i for i, word in enumerate(argv) if word in ("--key", "-key")]
+  hidden += [i + 1 for i in hidden]
+  secret = ("--key=", "-key=")
+  sys.argv = [w for i, w in enumerate(argv) if i not in hidden and not w.startswith(secret)]
 
 
 def _default():
-  """The config as its file has it, without arguments and flags; None where it needs arguments."""
+  """Returns the config as its file has it, without arguments; None where it needs arguments."""
   path = config_flags.get_config_filename(flags.FLAGS[CONFIG.name]).partition(":")[0]
   with contextlib.suppress(Exception):  # It has been read with arguments: nothing else is wrong.
     return runpy.run_path(path)["get_config"]()
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
   if len(argv) > 1 or CONFIG.value is None or not (WORKDIR.value or DRY_RUN.value):
-    sys.exit(f"error: --config and --workdir are needed, nothing else. Example:\n  {EXAMPLE}")
+    _refuse("--config and --workdir are needed, nothing else.")
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step of every save otherwise.
+  _hide_key()
   from umd.runs import preemption
 
   preemption.install()
   from umd.devices import distributed  # Imports JAX: after the flags are known to be right.
 
-  config = CONFIG.value
   try:
     distributed.start(
       COORDINATOR.value,
@@ -132,9 +148,9 @@ def main(argv):
     from trainers.config import describe
 
     if DRY_RUN.value:
-      text = describe.describe(config, WORKDIR.value)
+      text = describe.describe(CONFIG.value, WORKDIR.value)
     else:
-      text = stages.table(stages.run(config, WORKDIR.value, KEY.value, _default()))
+      text = stages.table(stages.run(CONFIG.value, WORKDIR.value, KEY.value, _default()))
     if distributed.is_main():
       print(text, flush=True)
   except preemption.Preempted as stopped:

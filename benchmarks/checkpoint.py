@@ -29,6 +29,8 @@ from benchmarks.harness import Column
 from configs import ae_i1k
 from tools.command_line import positive
 from trainers import diffusion, optim
+from trainers.config.check import read_stage
+from trainers.config.records import to_dict
 from umd.devices.mesh import make_mesh
 from umd.models.network import init_params
 from umd.runs.checkpoint import FOLDER, Checkpoints
@@ -50,9 +52,9 @@ KINDS = ("blocking", "background", "verify", "restore")
 
 def make_state(variant: str, size: int) -> TrainState:
   """Returns the state of a run of that config, with random numbers: zeros compress too well."""
-  config = ae_i1k.get_config(f"variant={variant},size={size}").pretrain
+  config = read_stage(ae_i1k.get_config(f"variant={variant},size={size}").pretrain)
   model = diffusion.make_model(config, (size, size, 3), num_classes=1000)
-  settings = config.optim.to_dict()
+  settings = to_dict(config.optim)
   schedule = optim.make_schedule(settings.pop("lr"), 1000, settings.pop("warmup"))
   tx = optim.make_optimizer(schedule, **settings)
   init = functools.partial(init_params, model)

@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks import harness
 from benchmarks.harness import Column, Times
 from benchmarks.plain import Plain
-from configs import common
+from configs import common, methods
 from tools.command_line import positive
 from trainers import auto, diffusion, optim
 from umd import objectives
@@ -98,7 +98,7 @@ def parts(case: str, method: str, dtype: str, variant: str) -> tuple[Step, Train
   size = (side, side, 3)
   options = {"condition": "token" if method == "mae" else "adaln", **options}
   layout = {key: options.pop(key) for key in ("scan", "remat") if key in options}
-  streams = objectives.make_streams(common.streams(**common.METHODS[method]))
+  streams = objectives.make_streams(methods.streams_of(method))
   mesh, path = make_mesh(), make_path("cosine", 1000)
 
   def build(**attributes) -> Objective:

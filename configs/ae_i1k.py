@@ -10,36 +10,39 @@ A run trains in <workdir>/pretrain; with finetune=True it starts from there and 
 from ml_collections import ConfigDict
 
 from configs import common, images
+from configs.common import Argument
 
 ARGUMENTS = (
   common.ARGUMENTS
   | images.ARGUMENTS
   | dict(
-    batch_size=1024,  # images a step, over all devices
-    epochs=800.0,  # length of the run in passes over the training set
-    steps=0,  # length of the run in steps; 0: epochs count
-    lr=1.5e-4,  # for 256 images: the peak is lr * batch_size / 256
-    wd=0.05,  # weight decay
-    beta2=0.95,  # of AdamW: decay of the second moment
-    ema_decay=0.9999,  # at 256 images a step; 1 - ema_decay grows with the batch
-    use_labels=False,  # condition on labels
-    label_drop_prob=0.1,  # share of the labels dropped, for classifier-free guidance
-    finetune=False,  # start from the pre-training in the same workdir
-    init_from="",  # start from another run's workdir instead
-    init_weights="ema",  # ema or raw: which of its weights
-    cfg_scale=1.5,  # classifier-free guidance of the samples; 1 is none
-    sampling_steps=125,  # of the sampler
-    sample_fid=True,  # FID and its kin; False: a small classifier judges, no download
-    num_samples=10_000,  # samples that are measured every 25,000 steps
-    final_samples=50_000,  # samples after the last step, measured with all metrics; 0: none
-    save_ckpt=True,  # False: no checkpoint, so nothing to resume, fine-tune or evaluate
+    batch_size=Argument(1024, "images a step, over all devices"),
+    epochs=Argument(800.0, "length of the run in passes over the training set"),
+    steps=Argument(0, "length of the run in steps; 0: epochs count"),
+    lr=Argument(1.5e-4, "for 256 images: the peak is lr * batch_size / 256"),
+    wd=Argument(0.05, "weight decay"),
+    beta2=Argument(0.95, "of AdamW: decay of the second moment"),
+    ema_decay=Argument(0.9999, "at 256 images a step; 1 - ema_decay grows with the batch"),
+    use_labels=Argument(False, "condition on labels"),
+    label_drop_prob=Argument(0.1, "share of the labels dropped, for classifier-free guidance"),
+    finetune=Argument(False, "start from the pre-training in the same workdir"),
+    init_from=Argument("", "start from another run's workdir instead"),
+    init_weights=Argument("ema", "which of its weights", ("ema", "raw")),
+    cfg_scale=Argument(1.5, "classifier-free guidance of the samples; 1 is none"),
+    sampling_steps=Argument(125, "of the sampler"),
+    sample_fid=Argument(True, "FID and its kin; False: a small classifier judges, no download"),
+    num_samples=Argument(10_000, "samples that are measured every 25,000 steps"),
+    final_samples=Argument(
+      50_000, "samples after the last step, measured with all metrics; 0: none"
+    ),
+    save_ckpt=Argument(True, "False: no checkpoint, so nothing to resume, fine-tune or evaluate"),
   )
 )
 
 
 def get_config(arg=None):
   """One stage, "pretrain" or "finetune"."""
-  a = images.parse_arg(arg, **ARGUMENTS)
+  a = images.parse_arg(arg, ARGUMENTS)
   if a.finetune and not a.use_labels:
     raise ValueError("finetune=True is for class-conditional generation: add use_labels=True.")
   stage = "finetune" if a.finetune else "pretrain"
@@ -47,9 +50,7 @@ def get_config(arg=None):
 
 
 def _evals(a) -> dict:
-  sampling = common.sampling(
-    steps=a.sampling_steps, cfg_scale=a.cfg_scale, path=a.path, cfg_channels=a.cfg_channels
-  )
+  sampling = images.sampling(a)
   evals = dict(losses=images.losses(a, every=25_000))
   if a.no_noise_prob > 0:
     evals["reconstruction"] = images.reconstruction(a, every=25_000)
@@ -67,12 +68,10 @@ def _evals(a) -> dict:
 
 def _stage(a) -> dict:
   lr = common.scaled(a.lr, a.batch_size)
-  return common.autoencoder(
+  return common.diffusion(
     a,
     data=images.train_data(a),
-    streams=common.streams(a.no_noise_prob, a.mask_ratio, a.mask_ratio_no_noise),
     optim=common.optim(lr, a.wd, a.beta2, mu_dtype="bfloat16"),
-    batch_size=a.batch_size,
     steps=a.steps,
     epochs=0.0 if a.steps else a.epochs,
     use_labels=a.use_labels,

@@ -10,28 +10,32 @@ chosen on images of the training set that are held out, and reported on the test
 from ml_collections import ConfigDict
 
 from configs import common, images
+from configs.common import Argument
 
 ARGUMENTS = dict(
-  images.ARGUMENTS,
+  common.with_defaults(images.ARGUMENTS, area_min=8),
   # What the checkpoint is expected to be; checked where given, `size` always.
-  variant="B/4",  # expected of the checkpoint: size and patch side
-  adaln="true",  # expected of the checkpoint: conditioned by AdaLN (true, shared or false)
-  width=768,  # expected of the checkpoint: features of a token
-  run="",  # probe the run in this folder instead
-  weights="ema",  # ema or raw: which of the checkpoint's weights
-  use_noised_pred=True,  # also probe features of images noised to t
-  t=50,  # timestep of the noised images
-  epochs=100.0,  # length of the run in passes over the training set
-  steps=0,  # length of the run in steps; 0: epochs count
-  batch_size=4096,  # images a step, over all devices
-  lrs="0.01+0.03+0.1+0.3+1+3",  # peaks for 256 images, joined by "+"; all train at once
-  wd=5e-5,  # weight decay
-  warmup=0.05,  # of the learning rate, as a share of the steps
-  select_split="",  # where the learning rate is chosen; needed for data sets not in SPLITS
-  seed=0,  # of initialisation, order, crops and noise
-  wandb_mode="disabled",  # of Weights & Biases: online, offline or disabled
+  variant=Argument("B/4", "expected of the checkpoint: size and patch side"),
+  adaln=common.ARGUMENTS["adaln"]._replace(
+    meaning="expected of the checkpoint: conditioned by AdaLN"
+  ),
+  width=Argument(768, "expected of the checkpoint: features of a token"),
+  run=Argument("", "probe the run in this folder instead"),
+  weights=Argument("ema", "which of the checkpoint's weights", ("ema", "raw")),
+  use_noised_pred=Argument(True, "also probe features of images noised to t"),
+  t=Argument(50, "timestep of the noised images"),
+  epochs=Argument(100.0, "length of the run in passes over the training set"),
+  steps=Argument(0, "length of the run in steps; 0: epochs count"),
+  batch_size=Argument(4096, "images a step, over all devices"),
+  lrs=Argument("0.01+0.03+0.1+0.3+1+3", 'peaks for 256 images, joined by "+"; all train at once'),
+  wd=Argument(5e-5, "weight decay"),
+  warmup=Argument(0.05, "of the learning rate, as a share of the steps"),
+  select_split=Argument(
+    "", "where the learning rate is chosen; needed for data sets not in SPLITS"
+  ),
+  seed=Argument(0, "of initialisation, order, crops and noise"),
+  wandb_mode=common.WANDB_MODE,
 )
-ARGUMENTS["area_min"] = 8
 EXPECTED = ("variant", "size", "adaln", "latent_diffusion", "width")
 SELECT = {
   "imagenet2012": "train[99%:]",
@@ -44,7 +48,7 @@ TRAIN = {"cifar10": "train[:90%]", "tiny_imagenet": "train[:90%]"}
 
 def get_config(arg=None):
   """One stage, "linear_probe"."""
-  a = images.parse_arg(arg, **ARGUMENTS)
+  a = images.parse_arg(arg, ARGUMENTS)
   return ConfigDict(dict(stages=("linear_probe",), linear_probe=_stage(a)))
 
 
@@ -76,8 +80,6 @@ def _stage(a) -> dict:
     init_weights=a.weights,
     expected={k: a[k] for k in EXPECTED if k in a.given or k == "size"},
     eval_every=5000,
-    log_every=100,
-    checkpoint=dict(every=1000, keep=2, keep_every=0, best=""),
-    wandb=dict(mode=a.wandb_mode, project="umd"),
     summary=tuple(f"probe/{n}/t{t}" for t in (0, a.t) for n in ("top1", "top5", "lr")),
+    **common.output(a, log_every=100, checkpoint_every=1000),
   )

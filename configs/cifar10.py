@@ -6,18 +6,13 @@ Reads TFDS's `cifar10` from $TFDS_DATA_DIR, and downloads it if it is not there.
 images.py (TWO_STAGES); docs/results.md has what came of them.
 """
 
-from configs import images
+from configs import common, images
 
-ARGUMENTS = {
-  **images.TWO_STAGES,
-  "dataset": "cifar10",
-  "size": 32,
-  "variant": "micro/4",
-  "cache": True,
-  "adaln": "false",
-}
+ARGUMENTS = common.with_defaults(
+  images.TWO_STAGES, dataset="cifar10", size=32, variant="micro/4", cache=True, adaln="false"
+)
 
 
 def get_config(arg=None):
   """Both stages, "pretrain" and "finetune"."""
-  return images.two_stages(images.parse_arg(arg, **ARGUMENTS))
+  return images.two_stages(images.parse_arg(arg, ARGUMENTS))

@@ -1,46 +1,57 @@
-"""What configs share: arguments in the config string, methods as rows of streams, and the trainer's
-keys."""
+"""What configs share: arguments in the config string, and the sections of a trainer's config."""
 
 import difflib
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-# The toggles of the paper.
-#   no_noise_prob: share of the batch that stays clean (t = 0).
-#   mask_ratio: of the noised part; mask_ratio_no_noise: of the clean part.
-METHODS = {
-  "mae": dict(no_noise_prob=1.0, mask_ratio=0.0, mask_ratio_no_noise=0.75),
-  "umd": dict(no_noise_prob=0.5, mask_ratio=0.375, mask_ratio_no_noise=0.75),
-  "dit": dict(no_noise_prob=0.0, mask_ratio=0.0, mask_ratio_no_noise=0.75),
-  "maskdit": dict(no_noise_prob=0.0, mask_ratio=0.5, mask_ratio_no_noise=0.75),
-}
+from configs import methods
 
-# Arguments that every config of the auto-encoder takes; a config lists its own defaults on top.
+
+class Argument(NamedTuple):
+  """An argument of a config.
+
+  Attributes:
+    default: its value unless it is given; values have the default's type.
+    meaning: what `--help_config` prints.
+    choices: what it may be; () for anything of that type.
+  """
+
+  default: bool | int | float | str
+  meaning: str
+  choices: tuple[str, ...] = ()
+
+
+WANDB_MODE = Argument("disabled", "of Weights & Biases", ("online", "offline", "disabled"))
+
+# Arguments that every config of the auto-encoder takes; a config lists its own in front.
 ARGUMENTS = dict(
-  method="umd",  # umd, mae, dit or maskdit: sets the next three, see METHODS
-  no_noise_prob=0.5,  # share of the batch that stays clean
-  mask_ratio=0.375,  # share of the patches masked in the noised part
-  mask_ratio_no_noise=0.75,  # share of the patches masked in the clean part
-  adaln="true",  # condition by AdaLN: true, shared (one for all layers) or false: one more token
-  variant="B/4",  # size and patch side, see SIZES in umd/models/autoencoder.py
-  path="cosine",  # from image to noise: cosine, linear or flow
-  timesteps=1000,  # T of the path; t = 0 is clean, t = T is noise
-  dtype="bfloat16",  # of the computation: bfloat16 or float32
-  scan="auto",  # loop over layers, compiles faster: true, false or auto
-  remat="auto",  # what is computed again to save memory: none, dots, full or auto
-  attention="auto",  # xla, cudnn (GPU), pallas (TPU), or auto: by platform and shape
-  fsdp=1,  # devices that share one copy of parameters, average and optimiser; 0: all
-  accumulate=1,  # parts of a batch, worked on one after the other: less memory, slower
-  seed=0,  # of initialisation, order, crops, noise and masks
-  wandb_mode="disabled",  # of Weights & Biases: online, offline or disabled
-)
-
-# What these arguments may be.
-CHOICES = dict(
-  adaln=("true", "shared", "false"),
-  scan=("auto", "true", "false"),
-  remat=("auto", "none", "dots", "full"),
-  attention=("auto", "xla", "cudnn", "pallas"),
+  method=Argument("umd", "a row of configs/methods.py: sets the next five", tuple(methods.METHODS)),
+  network=Argument("autoencoder", "a network of umd/models"),
+  path=Argument("cosine", "from image to noise", ("cosine", "linear", "flow")),
+  no_noise_prob=Argument(0.5, "share of the batch that stays clean"),
+  mask_ratio=Argument(0.375, "share of the patches masked in the noised part"),
+  mask_ratio_no_noise=Argument(0.75, "share of the patches masked in the clean part"),
+  adaln=Argument(
+    "true",
+    "condition by AdaLN, by one that all layers share, or by one more token",
+    ("true", "shared", "false"),
+  ),
+  variant=Argument("B/4", "size and patch side, see SIZES in umd/models/autoencoder.py"),
+  timesteps=Argument(1000, "T of the path; t = 0 is clean, t = T is noise"),
+  dtype=Argument("bfloat16", "of the computation", ("bfloat16", "float32")),
+  scan=Argument("auto", "loop over layers, compiles faster", ("auto", "true", "false")),
+  remat=Argument("auto", "what is computed again to save memory", ("auto", "none", "dots", "full")),
+  attention=Argument(
+    "auto",
+    "cudnn is for GPUs, pallas for TPUs, auto goes by platform and shape",
+    ("auto", "xla", "cudnn", "pallas"),
+  ),
+  fsdp=Argument(1, "devices that share one copy of parameters, average and optimiser; 0: all"),
+  accumulate=Argument(1, "parts of a batch, one after the other: less memory, slower"),
+  seed=Argument(0, "of initialisation, order, crops, noise and masks"),
+  wandb_mode=WANDB_MODE,
 )
 CONDITIONS = {"true": "adaln", "shared": "adaln_shared", "false": "token"}
 
@@ -51,93 +62,72 @@ GUARD = dict(max_skipped=10, spike_sigma=0.0, spike_window=100)
 TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
 
 
-def _convert(name: str, text: str, default):
-  """`text` as a value of the default's type."""
-  kind = type(default)
+def with_defaults(arguments: Mapping[str, Argument], **defaults) -> dict[str, Argument]:
+  """Replaces the defaults of some arguments; what they mean stays."""
+  return {
+    name: argument._replace(default=defaults.get(name, argument.default))
+    for name, argument in arguments.items()
+  }
+
+
+def convert(name: str, text: str, argument: Argument):
+  """Reads the value of an argument.
+
+  Raises:
+    ValueError: it has another type than the default, or is none of the choices.
+  """
+  kind = type(argument.default)
   if kind is bool:
     if text.lower() not in TRUE + FALSE:
       raise ValueError(f"{name}={text!r} must be a bool: true or false.")
     return text.lower() in TRUE
-  if kind is str and name in CHOICES and (text := text.lower()) not in CHOICES[name]:
-    raise ValueError(f"{name}={text!r} must be one of {', '.join(CHOICES[name])}.")
   try:
-    return kind(text)
+    value = kind(text)
   except ValueError:
     raise ValueError(
-      f"{name}={text!r} must be of type {kind.__name__}, like the default {default!r}."
+      f"{name}={text!r} must be of type {kind.__name__}, like the default {argument.default!r}."
     ) from None
+  if argument.choices and (value := text.lower()) not in argument.choices:
+    raise ValueError(f"{name}={text!r} must be one of {', '.join(argument.choices)}.")
+  return value
 
 
 def numbers(name: str, text: str, kind: type) -> tuple:
-  """ "10+100" -> (10, 100)."""
-  return tuple(_convert(name, part, kind()) for part in text.split("+"))
+  """Reads several numbers: "10+100" -> (10, 100)."""
+  return tuple(convert(name, part, Argument(kind(), "")) for part in text.split("+"))
 
 
-def parse_arg(arg: str | None, **defaults) -> ConfigDict:
-  """Reads "name=value,name=value" into a ConfigDict with the names and types of `defaults`.
+def parse_arg(arg: str | None, arguments: Mapping[str, Argument]) -> ConfigDict:
+  """Reads "name=value,name=value" into a ConfigDict with a value for every argument.
 
   `method=...` first replaces the defaults by its row of METHODS; what else the string says comes
   on top. `variant=:B/4` means `variant=B/4`. The result's `given` lists the names in the string.
 
   Raises:
-    ValueError: an unknown name, a value of the wrong type or an unknown method; the message lists
-      the right ones.
+    ValueError: an unknown name, or a value that does not fit; the message lists the right ones.
   """
   given = {}
   for part in filter(None, (arg or "").split(",")):
     name, equals, value = part.partition("=")
-    if name not in defaults or not equals:
-      known = ", ".join(f"{k}={v}" for k, v in defaults.items())
-      near = difflib.get_close_matches(name, defaults, 1)
-      hint = f" Did you mean {near[0]!r}?" if near and name not in defaults else ""
+    if name not in arguments or not equals:
+      known = ", ".join(f"{k}={argument.default}" for k, argument in arguments.items())
+      near = difflib.get_close_matches(name, arguments, 1)
+      hint = f" Did you mean {near[0]!r}?" if near and name not in arguments else ""
       raise ValueError(
         f"Config argument {part!r} is not name=value with a known name.{hint} "
         f"Known, with their defaults: {known}."
       )
-    given[name] = value.removeprefix(":") if name == "variant" else value
-  if "method" in defaults:
-    method = given.get("method", defaults["method"])
-    if method not in METHODS:
-      raise ValueError(f"method={method!r} is not one of {list(METHODS)}.")
-    defaults = {**defaults, **{k: v for k, v in METHODS[method].items() if k in defaults}}
-  values = {k: _convert(k, given[k], v) if k in given else v for k, v in defaults.items()}
-  return ConfigDict({**values, "given": tuple(given)})
-
-
-def streams(no_noise_prob: float, mask_ratio: float, mask_ratio_no_noise: float) -> dict:
-  """The paper's toggles as streams (see `umd/objectives.py` for the words).
-
-  A clean part is scored on its masked patches; a noised part half on the noise of the patches it
-  shows, half on the x0 of those it masks, or on both everywhere if it masks none.
-  """
-  if not 0 <= no_noise_prob <= 1:
-    raise ValueError(f"no_noise_prob={no_noise_prob} must be in [0, 1].")
-  out = {}
-  if no_noise_prob > 0:
-    out["clean"] = dict(
-      rows=(0.0, no_noise_prob),
-      timesteps="clean",
-      mask_ratio=mask_ratio_no_noise,
-      labels=False,
-      terms=dict(x0=dict(head="x0", where="masked", weight=1.0)),
-    )
-  if no_noise_prob < 1:
-    seen, unseen = ("visible", "masked") if mask_ratio > 0 else ("all", "all")
-    out["noised"] = dict(
-      rows=(no_noise_prob, 1.0),
-      timesteps="uniform",
-      mask_ratio=mask_ratio,
-      labels=True,
-      terms=dict(
-        eps=dict(head="eps", where=seen, weight=0.5),
-        x0=dict(head="x0", where=unseen, weight=0.5),
-      ),
-    )
-  return out
+    value = value.removeprefix(":") if name == "variant" else value
+    given[name] = convert(name, value, arguments[name])
+  values = {name: argument.default for name, argument in arguments.items()}
+  if "method" in arguments:
+    row = methods.METHODS[given.get("method", values["method"])]._asdict()
+    values |= {name: value for name, value in row.items() if name in arguments}
+  return ConfigDict({**values, **given, "given": tuple(given)})
 
 
 def data(name: str, split: str, pp: str, data_dir: str = "", cache: bool = False) -> dict:
-  """Which images, and what is done to them: the arguments of `umd.data.load`.
+  """Says which images are read, and what is done to them: the arguments of `umd.data.load`.
 
   `max_bad`, how many may be unreadable, is -1: .001 of a folder, none of other data.
   """
@@ -145,67 +135,66 @@ def data(name: str, split: str, pp: str, data_dir: str = "", cache: bool = False
 
 
 def optim(lr: float, wd: float, beta2: float, warmup: float = 0.05, mu_dtype="float32") -> dict:
-  """AdamW; `lr` is the peak, `warmup` a share of the steps, before a cosine to 0."""
+  """Makes the settings of AdamW; `lr` is the peak, `warmup` a share of the steps, before a cosine to 0."""
   return dict(lr=lr, warmup=warmup, wd=wd, beta1=0.9, beta2=beta2, clip_norm=1.0, mu_dtype=mu_dtype)
 
 
 def scaled(lr: float, batch_size: int) -> float:
-  """Learning rate for a batch, by the linear rule: `lr` is for 256 images (Goyal et al. 2017)."""
+  """Scales the learning rate to a batch by the linear rule: `lr` is for 256 images (Goyal et al. 2017)."""
   return lr * batch_size / 256
 
 
-def _network(a) -> dict:
-  model = {k: a[k] for k in ("variant", "dtype", "scan", "remat", "attention")}
-  model |= dict(name="autoencoder", heads=("x0", "eps"), condition=CONDITIONS[a.adaln])
-  path = dict(name=a.path, timesteps=a.timesteps)
-  return dict(model=model, path=path, fsdp=a.fsdp, accumulate=a.accumulate)
-
-
-def autoencoder(
+def diffusion(
   a,
   *,
   data: dict,
-  streams: dict,
   optim: dict,
-  batch_size: int,
-  steps: int = 0,
-  epochs: float = 0.0,
   use_labels: bool,
   label_drop_prob: float,
   ema_decay: float,
   evals: dict,
   summary: tuple[str, ...],
+  steps: int = 0,
+  epochs: float = 0.0,
+  streams: dict | None = None,
+  latents: dict | None = None,
   init_from: str = "",
   init_weights: str = "ema",
   init_fresh: tuple[str, ...] = (),
   eval_batch_size: int = 256,
   log_every: int = 100,
   checkpoint_every: int = 5000,
-  latents: dict | None = None,
 ) -> dict:
-  """A complete config of `trainers/diffusion.py`.
+  """Makes a complete config of `trainers/diffusion.py`.
 
   Args:
-    a: the ARGUMENTS.
-    data, streams, optim: see the functions of these names.
-    batch_size: over all devices.
-    steps: length of the run; 0 to say it in `epochs` instead.
+    a: the ARGUMENTS, and `batch_size` over all devices.
+    data, optim: see the functions of these names.
     use_labels, label_drop_prob, ema_decay: condition on labels, and drop this share of them; of
       the weights that are evaluated and sampled.
     evals: {name: {type, every, ...}}, see `evaluators/`.
     summary: metrics shown on the way and in the table at the end.
+    steps: length of the run; 0 to say it in `epochs` instead.
+    streams: None for those of the arguments, see `configs.methods`.
+    latents: None for pixels.
     init_from: "stage:NAME" for a stage in the same workdir, or any run's folder; "" for none.
     init_weights, init_fresh: which weights, "ema" or "raw", and the parts to start afresh.
-    checkpoint_every: steps between checkpoints, 0 for none; latents: None for pixels.
+    checkpoint_every: steps between checkpoints, 0 for none.
   """
+  model = {name: a[name] for name in ("variant", "dtype", "scan", "remat", "attention")}
+  if streams is None:
+    streams = methods.streams(a.no_noise_prob, a.mask_ratio, a.mask_ratio_no_noise)
   return dict(
     trainer="diffusion",
     seed=a.seed,
-    batch_size=batch_size,
+    batch_size=a.batch_size,
     eval_batch_size=eval_batch_size,
     data=data,
     latents=latents or {},
-    **_network(a),
+    model=dict(name=a.network, heads=("x0", "eps"), condition=CONDITIONS[a.adaln], **model),
+    path=dict(name=a.path, timesteps=a.timesteps),
+    fsdp=a.fsdp,
+    accumulate=a.accumulate,
     streams=streams,
     optim=optim,
     steps=steps,
@@ -219,12 +208,12 @@ def autoencoder(
     init_fresh=init_fresh,
     evals=evals,
     summary=summary,
-    **records(a, log_every, checkpoint_every),
+    **output(a, log_every, checkpoint_every),
   )
 
 
-def records(a, log_every: int, checkpoint_every: int) -> dict:
-  """What a run writes, and when."""
+def output(a, log_every: int, checkpoint_every: int) -> dict:
+  """Says what a run writes, and when."""
   return dict(
     log_every=log_every,
     # The newest `keep`, every `keep_every`-th step (0: none), and the best by a metric, as in
@@ -235,7 +224,7 @@ def records(a, log_every: int, checkpoint_every: int) -> dict:
 
 
 def sampling(*, steps: int, cfg_scale: float, path: str = "", **options) -> dict:
-  """Fields of `umd.samplers.Sampling`; `options` replace its defaults."""
+  """Makes the fields of `umd.samplers.Sampling`; `options` replace its defaults."""
   # At the end of the flow path x_t is all noise: eps is no news there, x0 is.
   head = "x0" if path == "flow" else "eps"
   defaults = dict(

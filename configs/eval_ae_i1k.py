@@ -12,41 +12,51 @@ Results are added to <workdir>/eval/evaluations.jsonl.
 from ml_collections import ConfigDict
 
 from configs import common, images
+from configs.common import Argument
 
 ARGUMENTS = dict(
   # What the checkpoint is expected to be; checked where given, `size` always.
-  variant="B/4",  # expected of the checkpoint: size and patch side
-  size=64,  # expected of the checkpoint: side of the images in pixels
-  adaln="true",  # expected of the checkpoint: conditioned by AdaLN (true, shared or false)
-  latent_diffusion=False,  # expected of the checkpoint: trained on latents
-  finetune=False,  # evaluate the fine-tuned run
-  run="",  # evaluate the run in this folder instead
-  weights="ema",  # ema or raw: which of the checkpoint's weights
-  sample=True,  # draw and measure samples
-  samples=True,  # the same as sample: both must be true
-  num_samples=50_000,  # how many
-  sampling_timesteps=125,  # steps of the sampler
-  cfg_scale=1.5,  # classifier-free guidance; unless given, none where the run has no labels
-  sample_fid=True,  # FID and its kin; False: a small classifier judges, no download
-  fid_reference="",  # npz of statistics to measure against; else those of the training set
-  inception_weights="",  # file of Inception's weights; else in the cache, or downloaded there
-  quantize="round",  # how samples become 8-bit images: round, adm, dit or none
-  cfg_channels=0,  # guide the first so many channels of latents only (DiT, MDT: 3); 0: all
-  sampler="ddim",  # ddim, ddpm, heun, dpmpp_2m or ab2
-  head="eps",  # eps or x0: what the sampler reads
-  probe=True,  # few-shot probes on the transfer sets
-  datasets="all",  # which of PROBES, joined by "+"
-  noised_pred=False,  # also probe the representation of images noised to t
-  t=50,  # timestep of noised_pred
-  dataset="imagenet2012",  # of the reference that samples are compared with
-  data_dir="",  # where TFDS data is; else $TFDS_DATA_DIR, else TFDS's own place
-  train_split="",  # of dataset; needed where it is not in SPLITS
-  test_split="",  # of dataset; needed where it is not in SPLITS
-  cache=False,  # keep the encoded images in this host's memory
-  scan=True,  # loop over layers: compiles faster than layers that are unrolled
-  batch_size=1024,  # images at a time, over all devices
-  seed=0,  # of samples, few-shot draws and noise
-  wandb_mode="disabled",  # of Weights & Biases: online, offline or disabled
+  variant=Argument("B/4", "expected of the checkpoint: size and patch side"),
+  size=Argument(64, "expected of the checkpoint: side of the images in pixels"),
+  adaln=common.ARGUMENTS["adaln"]._replace(
+    meaning="expected of the checkpoint: conditioned by AdaLN"
+  ),
+  latent_diffusion=Argument(False, "expected of the checkpoint: trained on latents"),
+  finetune=Argument(False, "evaluate the fine-tuned run"),
+  run=Argument("", "evaluate the run in this folder instead"),
+  weights=Argument("ema", "which of the checkpoint's weights", ("ema", "raw")),
+  sample=Argument(True, "draw and measure samples"),
+  samples=Argument(True, "the same as sample: both must be true"),
+  num_samples=Argument(50_000, "how many"),
+  sampling_timesteps=Argument(125, "steps of the sampler"),
+  cfg_scale=Argument(
+    1.5, "classifier-free guidance; unless given, none where the run has no labels"
+  ),
+  sample_fid=Argument(True, "FID and its kin; False: a small classifier judges, no download"),
+  sampler=Argument("ddim", "what draws samples", ("ddim", "ddpm", "heun", "dpmpp_2m", "ab2")),
+  head=Argument("eps", "what the sampler reads", ("eps", "x0")),
+  **{
+    name: images.ARGUMENTS[name]
+    for name in (
+      "fid_reference",
+      "inception_weights",
+      "quantize",
+      "cfg_channels",
+      "data_dir",
+      "cache",
+    )
+  },
+  probe=Argument(True, "few-shot probes on the transfer sets"),
+  datasets=Argument("all", 'which of PROBES, joined by "+"'),
+  noised_pred=Argument(False, "also probe the representation of images noised to t"),
+  t=Argument(50, "timestep of noised_pred"),
+  dataset=Argument("imagenet2012", "of the reference that samples are compared with"),
+  train_split=Argument("", "of dataset; needed where it is not in SPLITS"),
+  test_split=Argument("", "of dataset; needed where it is not in SPLITS"),
+  scan=Argument(True, "loop over layers: compiles faster than layers that are unrolled"),
+  batch_size=Argument(1024, "images at a time, over all devices"),
+  seed=Argument(0, "of samples, few-shot draws and noise"),
+  wandb_mode=common.WANDB_MODE,
 )
 EXPECTED = ("variant", "size", "adaln", "latent_diffusion")
 
@@ -79,7 +89,7 @@ STRICT = {
 
 def get_config(arg=None):
   """One stage, "eval"."""
-  a = common.parse_arg(arg, **ARGUMENTS)
+  a = common.parse_arg(arg, ARGUMENTS)
   return ConfigDict(dict(stages=("eval",), eval=_stage(a)))
 
 

@@ -6,23 +6,26 @@ A tenth of the images is held out, unless train_split= and test_split= name fold
 (train, val) or other parts. The rest of the ARGUMENTS is in images.py (TWO_STAGES).
 """
 
-from configs import images
+from configs import common, images
+from configs.common import Argument
 
-ARGUMENTS = {
-  **images.TWO_STAGES,
-  "root": "",  # the folder of images; needed
-  "train_split": "all[10%:]",
-  "test_split": "all[:10%]",
-  "variant": "micro/8",
-  "shots": "10",
-  "adaln": "false",
-}
+ARGUMENTS = dict(
+  common.with_defaults(
+    images.TWO_STAGES,
+    train_split="all[10%:]",
+    test_split="all[:10%]",
+    variant="micro/8",
+    shots="10",
+    adaln="false",
+  ),
+  root=Argument("", "the folder of images; needed"),
+)
 del ARGUMENTS["dataset"], ARGUMENTS["data_dir"]
 
 
 def get_config(arg=None):
   """The stages "pretrain" and, with labels, "finetune"."""
-  a = images.parse_arg(arg, **ARGUMENTS)
+  a = images.parse_arg(arg, ARGUMENTS)
   if not a.root:
     raise ValueError("root='' must be a folder of images: configs/folder.py:root=PATH.")
   with a.unlocked():

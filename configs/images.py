@@ -2,7 +2,8 @@
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, methods
+from configs.common import Argument
 
 # train: for the auto-encoder; held_out: for its losses; labelled, test: for probes and the
 # classifier that judges samples; reference: what Inception compares samples with.
@@ -29,22 +30,30 @@ SPLITS = {
 
 # Arguments that every config of an image data set takes.
 ARGUMENTS = dict(
-  dataset="imagenet2012",  # a TFDS data set, or folder:PATH, or npz:FILE
-  data_dir="",  # where TFDS data is; else $TFDS_DATA_DIR, else TFDS's own place
-  train_split="",  # what to train on; needed for data sets that are not in SPLITS
-  test_split="",  # what to evaluate on; needed for data sets that are not in SPLITS
-  cache=False,  # keep the encoded images in this host's memory
-  size=64,  # side of the images in pixels
-  area_min=80,  # smallest crop in training, percent of the image
-  sample_fid=False,  # measure samples with Inception (FID ...), not with a small classifier
-  fid_reference="",  # npz of statistics to measure against; else those of the training set
-  inception_weights="",  # file of Inception's weights; else in the cache, or downloaded there
-  quantize="round",  # how samples become 8-bit images: round, adm, dit or none
-  latent_diffusion=False,  # train on latents of images, not on their pixels
-  vae="sd-vae-ft-mse",  # what makes latents: a published name, a folder, or hf:ORG/REPO
-  use_preprocessed_latents=False,  # read latents that tools.encode_latents made
-  latents_dir="",  # from this folder
-  cfg_channels=0,  # guide the first so many channels of latents only (DiT, MDT: 3); 0: all
+  dataset=Argument("imagenet2012", "a TFDS data set, or folder:PATH, or npz:FILE"),
+  data_dir=Argument("", "where TFDS data is; else $TFDS_DATA_DIR, else TFDS's own place"),
+  train_split=Argument("", "what to train on; needed for data sets that are not in SPLITS"),
+  test_split=Argument("", "what to evaluate on; needed for data sets that are not in SPLITS"),
+  cache=Argument(False, "keep the encoded images in this host's memory"),
+  size=Argument(64, "side of the images in pixels"),
+  area_min=Argument(80, "smallest crop in training, percent of the image"),
+  sample_fid=Argument(
+    False, "measure samples with Inception (FID ...), not with a small classifier"
+  ),
+  fid_reference=Argument(
+    "", "npz of statistics to measure against; else those of the training set"
+  ),
+  inception_weights=Argument(
+    "", "file of Inception's weights; else in the cache, or downloaded there"
+  ),
+  quantize=Argument("round", "how samples become 8-bit images", ("round", "adm", "dit", "none")),
+  latent_diffusion=Argument(False, "train on latents of images, not on their pixels"),
+  vae=Argument("sd-vae-ft-mse", "what makes latents: a published name, a folder, or hf:ORG/REPO"),
+  use_preprocessed_latents=Argument(False, "read latents that tools.encode_latents made"),
+  latents_dir=Argument("", "from this folder"),
+  cfg_channels=Argument(
+    0, "guide the first so many channels of latents only (DiT, MDT: 3); 0: all"
+  ),
 )
 
 # Of samples under Inception, at the end.
@@ -76,13 +85,13 @@ SUMMARY = (
 )
 
 
-def parse_arg(arg: str | None, **defaults):
+def parse_arg(arg: str | None, arguments):
   """`common.parse_arg`; where latents are trained on, the path is "linear" unless it is given.
 
   Raises:
     ValueError: arguments that contradict one another; see also there.
   """
-  a = common.parse_arg(arg, **defaults)
+  a = common.parse_arg(arg, arguments)
   for name in ("use_preprocessed_latents", "latents_dir", "vae", "cfg_channels"):
     if name in a.given and a[name] and not a.latent_diffusion:
       raise ValueError(f"{name}={a[name]} needs latent_diffusion=True.")
@@ -184,6 +193,13 @@ def reconstruction(a, *, every: int, num: int = 2048) -> dict:
   )
 
 
+def sampling(a) -> dict:
+  """Makes the settings with which an evaluation draws samples."""
+  return common.sampling(
+    steps=a.sampling_steps, cfg_scale=a.cfg_scale, path=a.path, cfg_channels=a.cfg_channels
+  )
+
+
 def generation(
   a, *, num: int, sampling: dict, every: int, metrics: tuple[str, ...] = ("fid", "sfid", "is")
 ) -> dict:
@@ -209,26 +225,24 @@ def generation(
   return settings | dict(features="classifier", train=train, test=test_data(a, "test"))
 
 
-TWO_STAGES = {
-  **common.ARGUMENTS,
-  **ARGUMENTS,
-  "dtype": "float32",
-  "steps": 3000,  # steps of pre-training
-  "finetune_steps": 1500,  # steps of fine-tuning; 0: none
-  "batch_size": 128,  # images a step, over all devices
-  "lr": 2e-3,  # peak learning rate of pre-training
-  "finetune_lr": 1e-3,  # peak learning rate of fine-tuning
-  "wd": 0.05,  # weight decay of pre-training
-  "ema_decay": 0.998,  # of the average of the weights, which is what is evaluated
-  "use_labels": True,  # False: nothing is probed or fine-tuned, and no labels are needed
-  "label_drop_prob": 0.1,  # share of the labels dropped in fine-tuning, for guidance
-  "finetune_area_min": 95,  # smallest crop in fine-tuning, percent of the image
-  "cfg_scale": 2.0,  # classifier-free guidance of the samples; 1 is none
-  "sampling_steps": 50,  # of the sampler
-  "num_samples": 1000,  # samples in an evaluation
-  "shots": "10+100",  # labelled images of a class that the few-shot probe has, joined by "+"
-  "evaluations": 2,  # times that each stage is evaluated, the last step included
-}
+TWO_STAGES = dict(
+  common.with_defaults(common.ARGUMENTS, dtype="float32") | ARGUMENTS,
+  steps=Argument(3000, "steps of pre-training"),
+  finetune_steps=Argument(1500, "steps of fine-tuning; 0: none"),
+  batch_size=Argument(128, "images a step, over all devices"),
+  lr=Argument(2e-3, "peak learning rate of pre-training"),
+  finetune_lr=Argument(1e-3, "peak learning rate of fine-tuning"),
+  wd=Argument(0.05, "weight decay of pre-training"),
+  ema_decay=Argument(0.998, "of the average of the weights, which is what is evaluated"),
+  use_labels=Argument(True, "False: nothing is probed or fine-tuned, and no labels are needed"),
+  label_drop_prob=Argument(0.1, "share of the labels dropped in fine-tuning, for guidance"),
+  finetune_area_min=Argument(95, "smallest crop in fine-tuning, percent of the image"),
+  cfg_scale=Argument(2.0, "classifier-free guidance of the samples; 1 is none"),
+  sampling_steps=Argument(50, "of the sampler"),
+  num_samples=Argument(1000, "samples in an evaluation"),
+  shots=Argument("10+100", 'labelled images of a class that the few-shot probe has, joined by "+"'),
+  evaluations=Argument(2, "times that each stage is evaluated, the last step included"),
+)
 
 
 def two_stages(a) -> ConfigDict:
@@ -260,12 +274,10 @@ def _pretrain_stage(a) -> dict:
   if a.no_noise_prob > 0:
     evals["reconstruction"] = reconstruction(a, every=every)
     summary += ["reconstruction/masked_mse", "reconstruction/mean_image_mse"]
-  return common.autoencoder(
+  return common.diffusion(
     a,
     data=train_data(a),
-    streams=common.streams(a.no_noise_prob, a.mask_ratio, a.mask_ratio_no_noise),
     optim=common.optim(a.lr, a.wd, 0.95),
-    batch_size=a.batch_size,
     steps=a.steps,
     use_labels=False,
     label_drop_prob=0.0,
@@ -282,18 +294,15 @@ def _finetune_stage(a) -> dict:
   sampled = generation(
     a,
     num=a.num_samples,
-    sampling=common.sampling(
-      steps=a.sampling_steps, cfg_scale=a.cfg_scale, path=a.path, cfg_channels=a.cfg_channels
-    ),
+    sampling=sampling(a),
     every=_interval(a, a.finetune_steps),
   )
   a.area_min = a.finetune_area_min
-  return common.autoencoder(
+  return common.diffusion(
     a,
     data=train_data(a),
-    streams=common.streams(clean, 0.0, a.mask_ratio_no_noise),
+    streams=methods.streams(clean, 0.0, a.mask_ratio_no_noise),
     optim=common.optim(a.finetune_lr, 0.0, 0.999),
-    batch_size=a.batch_size,
     steps=a.finetune_steps,
     use_labels=True,
     label_drop_prob=a.label_drop_prob,

@@ -10,26 +10,24 @@ Single values are overridden by flags, e.g. `--config.pretrain.optim.lr=1e-3`.
 
 from ml_collections import ConfigDict
 
-from configs import common, images
+from configs import common, images, methods
+from configs.common import Argument
 
 ARGUMENTS = dict(
-  common.ARGUMENTS,
   # AdaLN's gates start at zero: in a run as short as this one the class tokens are then left behind
   # (README, "Methods").
-  adaln="false",
-  variant="micro/2",
-  dtype="float32",
-  steps=2000,  # steps of pre-training
-  finetune_steps=500,  # steps of fine-tuning
-  batch_size=128,  # images a step, over all devices
-  lr=2e-3,  # peak learning rate of pre-training
-  finetune_lr=1e-3,  # peak learning rate of fine-tuning
-  wd=0.05,  # weight decay of pre-training
-  ema_decay=0.998,  # of the average of the weights, which is what is evaluated
-  label_drop_prob=0.1,  # share of the labels dropped in fine-tuning, for guidance
-  cfg_scale=2.0,  # classifier-free guidance of the samples; 1 is none
-  sampling_steps=25,  # of the sampler
-  num_samples=500,  # samples in an evaluation
+  common.with_defaults(common.ARGUMENTS, adaln="false", variant="micro/2", dtype="float32"),
+  steps=Argument(2000, "steps of pre-training"),
+  finetune_steps=Argument(500, "steps of fine-tuning"),
+  batch_size=Argument(128, "images a step, over all devices"),
+  lr=Argument(2e-3, "peak learning rate of pre-training"),
+  finetune_lr=Argument(1e-3, "peak learning rate of fine-tuning"),
+  wd=Argument(0.05, "weight decay of pre-training"),
+  ema_decay=Argument(0.998, "of the average of the weights, which is what is evaluated"),
+  label_drop_prob=Argument(0.1, "share of the labels dropped in fine-tuning, for guidance"),
+  cfg_scale=Argument(2.0, "classifier-free guidance of the samples; 1 is none"),
+  sampling_steps=Argument(25, "of the sampler"),
+  num_samples=Argument(500, "samples in an evaluation"),
 )
 
 TRAIN, TEST = common.data("digits", "train", ""), common.data("digits", "test", "")
@@ -37,7 +35,7 @@ TRAIN, TEST = common.data("digits", "train", ""), common.data("digits", "test", 
 
 def get_config(arg=None):
   """Both stages, each a complete config of `trainers/diffusion.py`."""
-  a = common.parse_arg(arg, **ARGUMENTS)
+  a = common.parse_arg(arg, ARGUMENTS)
   return ConfigDict(
     dict(stages=("pretrain", "finetune"), pretrain=_pretrain(a), finetune=_finetune(a))
   )
@@ -52,12 +50,10 @@ def _pretrain(a) -> dict:
     evals["reconstruction"] = dict(
       type="reconstruction", data=TEST, mask_ratio=a.mask_ratio_no_noise, every=1000
     )
-  return common.autoencoder(
+  return common.diffusion(
     a,
     data=TRAIN,
-    streams=common.streams(a.no_noise_prob, a.mask_ratio, a.mask_ratio_no_noise),
     optim=common.optim(a.lr, a.wd, 0.95),
-    batch_size=a.batch_size,
     steps=a.steps,
     use_labels=False,
     label_drop_prob=0.0,
@@ -87,12 +83,11 @@ def _finetune(a) -> dict:
     sampling=common.sampling(steps=a.sampling_steps, cfg_scale=a.cfg_scale, path=a.path),
     every=250,
   )
-  return common.autoencoder(
+  return common.diffusion(
     a,
     data=TRAIN,
-    streams=common.streams(clean, 0.0, a.mask_ratio_no_noise),
+    streams=methods.streams(clean, 0.0, a.mask_ratio_no_noise),
     optim=common.optim(a.finetune_lr, 0.0, 0.999),
-    batch_size=a.batch_size,
     steps=a.finetune_steps,
     use_labels=True,
     label_drop_prob=a.label_drop_prob,

@@ -6,18 +6,13 @@ TFDS has no builder for it: docs/data.md says how to prepare one from a folder o
 of images.py (TWO_STAGES).
 """
 
-from configs import images
+from configs import common, images
 
-ARGUMENTS = {
-  **images.TWO_STAGES,
-  "dataset": "tiny_imagenet",
-  "size": 64,
-  "variant": "micro/8",
-  "cache": True,
-  "adaln": "false",
-}
+ARGUMENTS = common.with_defaults(
+  images.TWO_STAGES, dataset="tiny_imagenet", size=64, variant="micro/8", cache=True, adaln="false"
+)
 
 
 def get_config(arg=None):
   """Both stages, "pretrain" and "finetune"."""
-  return images.two_stages(images.parse_arg(arg, **ARGUMENTS))
+  return images.two_stages(images.parse_arg(arg, ARGUMENTS))

@@ -10,33 +10,38 @@ Without a download: dataset=digits,size=16. ARGUMENTS lists the rest.
 from ml_collections import ConfigDict
 
 from configs import common, images
+from configs.common import Argument
 
 ARGUMENTS = dict(
-  dataset="cifar10",  # a TFDS data set, or folder:PATH, or npz:FILE, or digits
-  data_dir="",  # where TFDS data is; else $TFDS_DATA_DIR, else TFDS's own place
-  train_split="",  # needed for data sets that are not in SPLITS of images.py, as is test_split
-  test_split="",  # where the images held out are from
-  cache=True,  # keep the encoded images in this host's memory
-  size=32,  # side of the images in pixels
-  widths="16+32+64",  # of the levels, joined by "+"; each but the last halves the side: here f4
-  layers=1,  # ResNets of a level
-  groups=8,  # of the group normalisations
-  attention=True,  # at the lowest resolution, among all pixels there
-  latent_channels=4,  # of a latent
-  dtype="float32",  # of the computation: float32 or bfloat16
-  error="l1",  # of the reconstruction: l1 or l2
-  kl_weight=1e-6,  # of the divergence from the normal distribution, beside the error
-  steps=700,  # of training
-  batch_size=64,  # images a step, over all devices
-  lr=1e-3,  # peak learning rate
-  ema_decay=0.995,  # of the average of the weights, which is what is kept
-  evaluations=4,  # times that it is evaluated, the last step included
-  eval_num=2048,  # held-out images to look at; 0: all
-  scaling_num=10_000,  # training images that the scaling factor is measured on
-  fsdp=1,  # devices that share one copy of parameters, average and optimiser; 0: all
-  accumulate=1,  # parts of a batch, worked on one after the other: less memory, slower
-  seed=0,  # of the weights, the order of the data and all noise
-  wandb_mode="disabled",  # online, offline or disabled
+  dataset=Argument("cifar10", "a TFDS data set, or folder:PATH, or npz:FILE, or digits"),
+  data_dir=Argument("", "where TFDS data is; else $TFDS_DATA_DIR, else TFDS's own place"),
+  train_split=Argument(
+    "", "needed for data sets that are not in SPLITS of images.py, as is test_split"
+  ),
+  test_split=Argument("", "where the images held out are from"),
+  cache=Argument(True, "keep the encoded images in this host's memory"),
+  size=Argument(32, "side of the images in pixels"),
+  widths=Argument(
+    "16+32+64", 'of the levels, joined by "+"; each but the last halves the side: here f4'
+  ),
+  layers=Argument(1, "ResNets of a level"),
+  groups=Argument(8, "of the group normalisations"),
+  attention=Argument(True, "at the lowest resolution, among all pixels there"),
+  latent_channels=Argument(4, "of a latent"),
+  dtype=Argument("float32", "of the computation", ("float32", "bfloat16")),
+  error=Argument("l1", "of the reconstruction", ("l1", "l2")),
+  kl_weight=Argument(1e-6, "of the divergence from the normal distribution, beside the error"),
+  steps=Argument(700, "of training"),
+  batch_size=Argument(64, "images a step, over all devices"),
+  lr=Argument(1e-3, "peak learning rate"),
+  ema_decay=Argument(0.995, "of the average of the weights, which is what is kept"),
+  evaluations=Argument(4, "times that it is evaluated, the last step included"),
+  eval_num=Argument(2048, "held-out images to look at; 0: all"),
+  scaling_num=Argument(10_000, "training images that the scaling factor is measured on"),
+  fsdp=Argument(1, "devices that share one copy of parameters, average and optimiser; 0: all"),
+  accumulate=Argument(1, "parts of a batch, worked on one after the other: less memory, slower"),
+  seed=Argument(0, "of the weights, the order of the data and all noise"),
+  wandb_mode=Argument("disabled", "online, offline or disabled"),
 )
 
 SUMMARY = (
@@ -47,7 +52,7 @@ SUMMARY = (
 
 def get_config(arg=None):
   """A complete config of `trainers/kl_vae.py`."""
-  a = common.parse_arg(arg, **ARGUMENTS)
+  a = common.parse_arg(arg, ARGUMENTS)
   for name in ("steps", "evaluations"):
     if a[name] < 1:
       raise ValueError(f"{name}={a[name]} must be at least 1.")
@@ -81,7 +86,7 @@ def get_config(arg=None):
       eval_num=a.eval_num,
       scaling_num=a.scaling_num,
       summary=SUMMARY,
-      **common.records(a, log_every=50, checkpoint_every=250),
+      **common.output(a, log_every=50, checkpoint_every=250),
     )
   )
 

@@ -21,6 +21,7 @@ import optax
 
 from configs import quickstart
 from trainers import diffusion
+from trainers.config.check import read_stage
 from trainers.loop import make_step
 from umd import data
 from umd.devices import mesh
@@ -53,6 +54,7 @@ def train(method: str) -> dict[str, list[float]]:
   arguments, labels = RUNS[method]
   config = quickstart.get_config(f"method={method},{arguments},{SMALL}").pretrain
   config.evals, config.use_labels, config.label_drop_prob = {}, labels, 0.2 * labels
+  config = read_stage(config)
   with tempfile.TemporaryDirectory() as empty:
     parts = diffusion.prepare(config, empty, empty)
   init = functools.partial(init_params, parts.model)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import common
+from configs.methods import METHODS, streams_of
 from umd import data
 from umd.masks import mask_from_noise, num_kept, patchify, unpatchify
 from umd.objectives import WHERE, Stream, make_streams
@@ -46,7 +46,7 @@ class Panel(NamedTuple):
 
 def methods() -> dict[str, tuple[str, dict]]:
   """{name: (path, streams as in a config)}."""
-  rows = {name: ("cosine", common.streams(**toggles)) for name, toggles in common.METHODS.items()}
+  rows = {name: (row.path, streams_of(name)) for name, row in METHODS.items()}
   return {**rows, "flow": ("flow", FLOW)}
 
 

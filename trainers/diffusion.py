@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 import evaluators
 from trainers import auto, diagnosis, logs, loop, optim
+from trainers.config.records import Diffusion, to_dict
 from umd import data, models, objectives
 from umd.codecs import codec as codecs
 from umd.codecs.codec import Codec
@@ -77,11 +78,11 @@ class Parts(NamedTuple):
     return self.objective.streams
 
 
-def prepare(config, workdir: str, cache: str, init_from: str = "") -> Parts:
+def prepare(config: Diffusion, workdir: str, cache: str, init_from: str = "") -> Parts:
   """Builds everything that can be wrong; takes seconds, compiles and writes nothing.
 
   Args:
-    config: see `configs/common.py`.
+    config: a stage, see `trainers.config.records`.
     workdir: the folder of the run.
     cache: folder for what evaluators compute once.
     init_from: workdir of the run whose weights to start from; "" for none, or for one that an
@@ -92,14 +93,14 @@ def prepare(config, workdir: str, cache: str, init_from: str = "") -> Parts:
       `init_from` that do not fit.
     FileNotFoundError: data, the VAE's weights or the run in `init_from` are not there.
   """
-  folder.check_same_run(workdir, config.to_dict(), HARMLESS)
+  folder.check_same_run(workdir, to_dict(config), HARMLESS)
   mesh = sharding.make_mesh(fsdp=config.fsdp)
   sharding.check_divides("batch_size", config.batch_size, mesh)
   sharding.check_divides("eval_batch_size", config.eval_batch_size, mesh)
-  source = data.load(**config.data.to_dict())
+  source = data.load(**to_dict(config.data))
   if config.use_labels and not source.num_classes:
     raise ValueError(f"use_labels=True, but {source.name!r} has no labels. Set use_labels=False.")
-  codec = codecs.make(config.latents.to_dict(), mesh)
+  codec = codecs.make(to_dict(config.latents), mesh)
   saved.check_same_vae(workdir, codec.sha256)
   parts = assemble(config, mesh, source, codec, codec.source_size("data", source))
   if init_from:
@@ -114,24 +115,24 @@ def prepare(config, workdir: str, cache: str, init_from: str = "") -> Parts:
     cache=cache,
     codec=codec,
   )
-  scheduled = evaluators.from_config(config.evals.to_dict(), context)
+  scheduled = evaluators.from_config(to_dict(config.evals), context)
   return parts._replace(evaluators=scheduled)
 
 
 def assemble(
-  config, mesh: Mesh, source: data.Source, codec: Codec, image_size: tuple[int, int, int]
+  config: Diffusion, mesh: Mesh, source: data.Source, codec: Codec, image_size: tuple[int, int, int]
 ) -> Parts:
   """Builds network, objective and optimiser; no evaluators yet.
 
   Args:
-    config: see `configs/common.py`.
+    config: a stage, see `trainers.config.records`.
     mesh: all devices.
     source: of its number of classes, and of its length if the run's is in epochs.
     codec: between its images and what the network sees.
     image_size: (H, W, C) of what the network sees.
   """
-  path = make_path(**config.path.to_dict())
-  streams = objectives.make_streams(config.streams.to_dict())
+  path = make_path(**to_dict(config.path))
+  streams = objectives.make_streams(to_dict(config.streams))
 
   def build(**attributes) -> Objective:
     model = make_model(config, image_size, source.num_classes, **attributes)
@@ -139,9 +140,9 @@ def assemble(
 
   # A network without layers to loop over or to rematerialise leaves nothing open.
   known = {field.name for field in dataclasses.fields(models.MODELS[config.model.name])}
-  choices = {key: config.model[key] for key in ("scan", "remat") if key in config.model}
   if "remat" in known:
-    objective = auto.settle(build, mesh, accumulate=config.accumulate, **choices)
+    scan, remat = config.model.scan, config.model.remat
+    objective = auto.settle(build, mesh, scan=scan, remat=remat, accumulate=config.accumulate)
   else:
     objective = build()
   sharding.check_accumulates(config.accumulate, config.batch_size, objective.period, mesh)
@@ -151,13 +152,15 @@ def assemble(
   return Parts(mesh, source, codec, steps, objective, schedule, tx, work, evaluators=[])
 
 
-def make_model(config, image_size: tuple[int, int, int], num_classes: int, **attributes) -> Network:
+def make_model(
+  config: Diffusion, image_size: tuple[int, int, int], num_classes: int, **attributes
+) -> Network:
   """Builds the config's network for images (H, W, C), or for latents of that size.
 
   `attributes` take the place of the config's.
   """
   num_classes = num_classes if config.use_labels else 0
-  attributes = {**saved.network_settings(config.model.to_dict()), **attributes}
+  attributes = {**saved.network_settings(to_dict(config.model)), **attributes}
   return models.make(image_size=image_size, num_classes=num_classes, **attributes)
 
 
@@ -170,7 +173,9 @@ def count_work(objective: Objective, mesh: Mesh) -> writers.Work:
   return writers.Work(total / mesh.size, peak)
 
 
-def start_from(state: TrainState, init_from: str, config, model: Network) -> tuple[TrainState, int]:
+def start_from(
+  state: TrainState, init_from: str, config: Diffusion, model: Network
+) -> tuple[TrainState, int]:
   """Returns the state with the weights of the run in `init_from`, and the step they are from."""
   params, step = load_params(init_from, config.init_weights)
   grids = grid(saved.open_run(init_from).model), grid(model)
@@ -179,7 +184,7 @@ def start_from(state: TrainState, init_from: str, config, model: Network) -> tup
 
 def run(
   parts: Parts,
-  config,
+  config: Diffusion,
   workdir: str,
   name: str,
   *,
@@ -191,7 +196,7 @@ def run(
 
   Args:
     parts: what `prepare` returned for this config.
-    config: see `configs/common.py`.
+    config: a stage, see `trainers.config.records`.
     workdir: config, metrics, images and checkpoints go here.
     name: is printed in front of every line.
     cache: the folder that `prepare` was given.

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 import evaluators
 from trainers import logs
+from trainers.config.records import Evaluate, given, to_dict
 from umd import report
 from umd.devices import mesh as sharding
 from umd.runs import progress, writers
@@ -28,7 +29,7 @@ class Parts(NamedTuple):
   evaluators: list[evaluators.Scheduled]
 
 
-def prepare(config, workdir: str, cache: str, init_from: str = "") -> Parts | None:
+def prepare(config: Evaluate, workdir: str, cache: str, init_from: str = "") -> Parts | None:
   """Opens the run in `init_from` and builds the evaluators; computes and writes nothing.
 
   The model is the one that the run's own config describes. Without `init_from`, where the run is
@@ -42,9 +43,9 @@ def prepare(config, workdir: str, cache: str, init_from: str = "") -> Parts | No
   return _build(config, cache, init_from) if init_from else None
 
 
-def _build(config, cache: str, init_from: str) -> Parts:
+def _build(config: Evaluate, cache: str, init_from: str) -> Parts:
   run = saved.open_run(init_from, scan=config.model.scan)
-  saved.check_expected(run, config.expected.to_dict())
+  saved.check_expected(run, given(config.expected))
   mesh = sharding.make_mesh()
   context = evaluators.Context(
     inference=run.inference,
@@ -58,9 +59,9 @@ def _build(config, cache: str, init_from: str) -> Parts:
   return Parts(run, evaluators.from_config(settings(config, run), context))
 
 
-def settings(config, run: saved.TrainedRun) -> dict:
+def settings(config: Evaluate, run: saved.TrainedRun) -> dict:
   """Returns the evaluators' settings; guidance is left out where the run has no labels for it."""
-  evals = config.evals.to_dict()
+  evals = to_dict(config.evals)
   for of_evaluator in evals.values():
     if "sampling" in of_evaluator and config.guide_if_labelled and not run.model.num_classes:
       of_evaluator["sampling"]["cfg_scale"] = 1.0
@@ -80,7 +81,7 @@ def _load(run: saved.TrainedRun, weights: str) -> TrainState:
 
 def run(
   parts: Parts | None,
-  config,
+  config: Evaluate,
   workdir: str,
   name: str,
   *,
@@ -102,7 +103,7 @@ def run(
   say(f"evaluates {trained.folder}, step {step}, {config.init_weights} weights")
   is_main = jax.process_index() == 0
   if is_main:
-    folder.start(workdir, config.to_dict())
+    folder.start(workdir, to_dict(config))
   # Results of earlier evaluations, of whatever step, stay in the logs.
   writer = logs.make_writer(config, workdir, sys.maxsize, wandb_key)
   writer.latest.clear()

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 import evaluators
 from evaluators.context import count
 from trainers import diagnosis, logs, loop, optim
+from trainers.config.records import KlVae, to_dict
 from umd import data
 from umd.codecs import vae_files
 from umd.codecs.codec import Codec, Pixels
@@ -155,13 +156,11 @@ class Parts(NamedTuple):
     return self.objective.model
 
 
-def make_model(config, image_size: tuple[int, int, int]) -> KLAutoEncoder:
+def make_model(config: KlVae, image_size: tuple[int, int, int]) -> KLAutoEncoder:
   """Builds the config's model for images (H, W, C)."""
   height, width, channels = image_size
-  settings = config.model.to_dict()
-  sizes = settings.pop("architecture")
-  widths = sizes["block_out_channels"] = tuple(sizes["block_out_channels"])
-  architecture = Architecture(in_channels=channels, out_channels=channels, **sizes)
+  sizes, widths = config.model.architecture, config.model.architecture.block_out_channels
+  architecture = Architecture(in_channels=channels, out_channels=channels, **to_dict(sizes))
   factor = architecture.factor
   if height % factor or width % factor:
     raise ValueError(
@@ -169,25 +168,25 @@ def make_model(config, image_size: tuple[int, int, int]) -> KLAutoEncoder:
       f"{factor} x {factor} px, which does not divide the images of {height} x {width} px. Choose "
       "another size, or fewer levels."
     )
-  return KLAutoEncoder(architecture, **settings)
+  return KLAutoEncoder(architecture, config.model.dtype)
 
 
-def prepare(config, workdir: str, cache: str, init_from: str = "") -> Parts:
+def prepare(config: KlVae, workdir: str, cache: str, init_from: str = "") -> Parts:
   """Builds everything that can be wrong; takes seconds, compiles and writes nothing.
 
   Raises:
     ValueError: a setting that makes no sense, or a workdir that holds another run.
     FileNotFoundError: data that is not there.
   """
-  folder.check_same_run(workdir, config.to_dict(), HARMLESS)
+  folder.check_same_run(workdir, to_dict(config), HARMLESS)
   mesh = sharding.make_mesh(fsdp=config.fsdp)
   sharding.check_divides("batch_size", config.batch_size, mesh)
   sharding.check_divides("eval_batch_size", config.eval_batch_size, mesh)
   sharding.check_accumulates(config.accumulate, config.batch_size, 1, mesh)
   if init_from:
     raise ValueError(f"init_from={init_from!r}: this trainer starts from nothing. Leave it empty.")
-  source = data.load(**config.data.to_dict())
-  test = data.load(**config.test.to_dict())
+  source = data.load(**to_dict(config.data))
+  test = data.load(**to_dict(config.test))
   if test.image_size != source.image_size:
     raise ValueError(
       f"test: {test.name!r} has images of {test.image_size}, data: {source.name!r} of "
@@ -316,7 +315,7 @@ def make_moments(model: KLAutoEncoder, mesh: Mesh) -> Callable:
   return moments
 
 
-def make_export(parts: Parts, config, workdir: str, say: Callable) -> Callable:
+def make_export(parts: Parts, config: KlVae, workdir: str, say: Callable) -> Callable:
   """Builds the evaluator that writes the averaged weights to <workdir>/vae, after the last step.
 
   Latents are centred, channel by channel, and get unit variance by the one "scaling_factor" (which
@@ -343,7 +342,7 @@ def make_export(parts: Parts, config, workdir: str, say: Callable) -> Callable:
 
 def run(
   parts: Parts,
-  config,
+  config: KlVae,
   workdir: str,
   name: str,
   *,

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 import evaluators
 from trainers import logs, loop, optim
+from trainers.config.records import LinearProbe, given, to_dict
 from umd import data
 from umd.codecs.codec import Codec, encode_batch
 from umd.devices import mesh as sharding
@@ -49,7 +50,7 @@ class Parts(NamedTuple):
   schedule: Callable
 
 
-def prepare(config, workdir: str, cache: str, init_from: str = "") -> Parts | None:
+def prepare(config: LinearProbe, workdir: str, cache: str, init_from: str = "") -> Parts | None:
   """Builds everything that can be wrong; computes and writes nothing.
 
   Without `init_from`, where the run is yet to be trained, it checks the settings and returns None.
@@ -58,21 +59,19 @@ def prepare(config, workdir: str, cache: str, init_from: str = "") -> Parts | No
     ValueError: a setting that makes no sense, or a run that is not what `config.expected` says.
     FileNotFoundError: there is no trained run, or no data.
   """
-  folder.check_same_run(workdir, config.to_dict(), HARMLESS)
+  folder.check_same_run(workdir, to_dict(config), HARMLESS)
   mesh = sharding.make_mesh()
   sharding.check_divides("batch_size", config.batch_size, mesh)
   sharding.check_divides("eval_batch_size", config.eval_batch_size, mesh)
-  if not config.lrs or min(config.lrs) <= 0:
-    raise ValueError(f"lrs={config.lrs} must be at least one positive learning rate.")
   return _build(config, mesh, init_from) if init_from else None
 
 
-def _build(config, mesh: Mesh, init_from: str) -> Parts:
+def _build(config: LinearProbe, mesh: Mesh, init_from: str) -> Parts:
   run = saved.open_run(init_from)
-  saved.check_expected(run, config.expected.to_dict())
+  saved.check_expected(run, given(config.expected))
   codec = run.open_codec(mesh)
-  train = data.load(**config.data.to_dict())
-  held_out = {name: data.load(**config[name].to_dict()) for name in ("select", "test")}
+  train = data.load(**to_dict(config.data))
+  held_out = {name: data.load(**to_dict(getattr(config, name))) for name in ("select", "test")}
   for key, source in {"data": train, **held_out}.items():
     fits = codec.source_size(key, source) == run.model.image_size
     if not fits or not source.num_classes:
@@ -94,12 +93,12 @@ def _build(config, mesh: Mesh, init_from: str) -> Parts:
   return Parts(mesh, run, codec, train, held_out, steps, schedule)
 
 
-def timestep_names(config) -> dict[str, int]:
+def timestep_names(config: LinearProbe) -> dict[str, int]:
   """Returns {"t0": 0, "t50": 50}."""
   return {f"t{t}": t for t in config.timesteps}
 
 
-def init_heads(config, width: int, classes: int) -> Callable:
+def init_heads(config: LinearProbe, width: int, classes: int) -> Callable:
   """Returns `init(key) -> states`: the heads of every learning rate, a state per timestep."""
   return lambda key: {
     t: linear_probe.init_probe(key, len(config.lrs), width, classes, config.wd)
@@ -107,7 +106,7 @@ def init_heads(config, width: int, classes: int) -> Callable:
   }
 
 
-def make_step(parts: Parts, config) -> Callable:
+def make_step(parts: Parts, config: LinearProbe) -> Callable:
   """Builds the jitted `step(states, weights, batch) -> (states, metrics)`.
 
   `states` holds the heads of each timestep, and is donated; `weights` are the frozen ones.
@@ -140,7 +139,7 @@ def make_step(parts: Parts, config) -> Callable:
   )
 
 
-def make_judge(context: evaluators.Context, config) -> Callable:
+def make_judge(context: evaluators.Context, config: LinearProbe) -> Callable:
   """Builds `judge(weights, states, source) -> {"top1/t0": accuracy of each head}`."""
 
   def count(inputs, batch):
@@ -167,7 +166,7 @@ def make_judge(context: evaluators.Context, config) -> Callable:
 
 def run(
   parts: Parts | None,
-  config,
+  config: LinearProbe,
   workdir: str,
   name: str,
   *,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 import jax
 import numpy as np
 
+from trainers.config.records import given, to_dict
 from umd import data
 from umd.runs import workdir as folder
 from umd.runs import writers
@@ -22,8 +23,8 @@ def make_writer(config, workdir: str, step: int, wandb_key: str | None) -> write
   sinks = [lines, writers.PngFolder(workdir), writers.TensorBoard(workdir)]
   if config.wandb.mode != "disabled":
     name = os.path.basename(workdir.rstrip("/"))
-    settings = {"name": name, **config.wandb.to_dict()}
-    sinks.append(writers.Wandb(workdir, config.to_dict(), wandb_key, **settings))
+    settings = {"name": name, **given(config.wandb)}
+    sinks.append(writers.Wandb(workdir, to_dict(config), wandb_key, **settings))
   return writers.Writer(sinks, lines.earlier)
 
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from evaluators import Scheduled
 from trainers import logs
+from trainers.config.records import to_dict
 from umd import data, report
 from umd.codecs.codec import encode_batch
 from umd.devices.mesh import each_process, prefetch
@@ -22,7 +23,7 @@ from umd.runs import preemption, progress, writers
 from umd.runs import workdir as folder
 from umd.runs.checkpoint import Checkpoints
 from umd.runs.goodput import Goodput
-from umd.state import Guard, Step, TrainState, make_train_step
+from umd.state import Step, TrainState, make_train_step
 
 REPORT_SECONDS = 60.0  # At most so often the report is written when no evaluation asks for it.
 
@@ -97,7 +98,7 @@ def train(
     say(f"resumed at step {step}")
   pending.from_json(interrupted.get("unlogged", []))
   if jax.process_index() == 0:
-    folder.start(workdir, config.to_dict())
+    folder.start(workdir, to_dict(config))
   goodput.resume(step)
   writer = logs.make_writer(config, workdir, step, wandb_key)
   pace = writers.Progress(steps, step, config.batch_size, training.work)
@@ -232,7 +233,7 @@ def make_step(config, parts, like: TrainState) -> Step:
     ema_decay=config.ema_decay,
     seed=config.seed,
     state=like,
-    guard=Guard(config.guard.max_skipped, config.guard.spike_sigma, config.guard.spike_window),
+    guard=config.guard,
     accumulate=config.accumulate,
     encode=functools.partial(encode_batch, parts.codec),
     frozen=parts.codec.params,

@@ -15,7 +15,7 @@ from stand_ins import at_once
 
 from benchmarks import harness, train_step
 from benchmarks.plain import Plain
-from configs import common
+from configs import methods
 from umd import objectives
 from umd.devices import flops
 from umd.models.autoencoder import AutoEncoder
@@ -29,7 +29,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 def losses(method, **settings):
   """{class: its loss}, parameters, and a batch of eight."""
   settings = dict(condition="token" if method == "mae" else "adaln", **settings)
-  streams = objectives.make_streams(common.streams(**common.METHODS[method]))
+  streams = objectives.make_streams(methods.streams_of(method))
   models = [kind("nano/4", (16, 16, 3), **settings) for kind in (AutoEncoder, Plain)]
   made = [at_once(Objective(m, make_path("cosine", 1000), streams, 8)) for m in models]
   images = np.random.default_rng(0).uniform(-1, 1, (8, 16, 16, 3)).astype(np.float32)

@@ -1,11 +1,14 @@
 """Whatever a config may hold that makes no sense is told before anything is built."""
 
+import dataclasses
 import importlib
 import math
 import os
 import pkgutil
 import subprocess
 import sys
+import types
+import typing
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -14,16 +17,13 @@ from ml_collections import ConfigDict, config_dict
 
 import configs
 import trainers
-from configs import ae_i1k_lp, common, eval_ae_i1k, quickstart, vae_tiny
-from trainers import stages
-from trainers.config import check, schema
-from trainers.config import schema as keys
-from umd.models.autoencoder import AutoEncoder
-from umd.models.network import param_shapes
-from umd.paths import make_path
+from configs import ae_i1k_lp, eval_ae_i1k, methods, quickstart, vae_tiny
+from trainers import kl_vae, stages
+from trainers.config import check, read, records
 from umd.runs import workdir as folder
+from umd.state import Guard
 
-SHARED = {"common", "images"}  # They are no configs themselves.
+SHARED = {"common", "images", "methods"}  # They are no configs themselves.
 NEEDED = {"folder": "root=somewhere"}
 MORE = {
   "ae_i1k": ["finetune=True,use_labels=True", "use_labels=True,steps=9000", "save_ckpt=False"],
@@ -40,8 +40,8 @@ MORE = {
 def shipped():
   """(config, arguments) of all that is in configs/."""
   for name in sorted({m.name for m in pkgutil.iter_modules(configs.__path__)} - SHARED):
-    methods = importlib.import_module(f"configs.{name}").ARGUMENTS.get("method")
-    texts = [f"method={m}" for m in common.METHODS] if methods else [""]
+    has_methods = importlib.import_module(f"configs.{name}").ARGUMENTS.get("method")
+    texts = [f"method={m}" for m in methods.METHODS] if has_methods else [""]
     texts += MORE.get(name, [])
     for text in texts:
       yield name, ",".join(filter(None, (NEEDED.get(name), text)))
@@ -50,7 +50,7 @@ def shipped():
 @pytest.mark.parametrize("name, arguments", list(shipped()))
 def test_every_shipped_config_passes(tmp_path, name, arguments):
   config = importlib.import_module(f"configs.{name}").get_config(arguments)
-  remarks = check.validate(config, str(tmp_path / "run"))
+  _, remarks = check.validate(config, str(tmp_path / "run"))
   # The probe of nine steps is shorter than its intervals.
   assert bool(remarks) == (
     arguments == "steps=9,use_noised_pred=False" or "steps=9000" in arguments
@@ -64,7 +64,7 @@ import sys
 from configs import ae_i1k
 from trainers.config import check as validate
 config = ae_i1k.get_config("use_labels=True,data_dir=absent")
-assert validate.validate(config, {str(tmp_path / "run")!r}) == []
+assert validate.validate(config, {str(tmp_path / "run")!r})[1] == []
 sys.exit("tensorflow" in sys.modules)"""
   root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
   environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
@@ -127,11 +127,6 @@ WRONG = {
   tuple: (5, None, {}, ((),), (None,)),
   dict: (5, "x", (), None, True),
 }
-JUDGES = "evals.generation."
-ALLOWED = {  # What a judge needs it asks for itself.
-  "optim.mu_dtype": [None],
-  **{JUDGES + name: [None] for name in ("train", "test", "reference")},
-}
 
 
 def test_the_stages_are_sound_before_they_are_broken():
@@ -140,62 +135,54 @@ def test_the_stages_are_sound_before_they_are_broken():
   assert len(ALL) > 200
 
 
+def fields_of(name, key):
+  """The fields of the record that a section becomes, by the section's name."""
+  node = read.read(STAGES[name], records.STAGE, "", [])
+  for part in filter(None, key.split(".")):
+    node = node[part] if isinstance(node, Mapping) else getattr(node, part)
+  return {f.name: f for f in dataclasses.fields(node)} if dataclasses.is_dataclass(node) else {}
+
+
 def test_every_value_of_a_wrong_type_is_told_by_its_key():
   silent = []
   for name, key, value in ALL:
     for wrong in WRONG[type(value)]:
-      if wrong in ALLOWED.get(key, []):
-        continue
+      section, _, last = key.rpartition(".")
+      field = fields_of(name, section).get(last)
+      if wrong is None and field and types.NoneType in typing.get_args(field.type):
+        continue  # It stands for none of them.
       told = problems(changed(name, **{key: wrong}))
       if not any(line.startswith(f"  {key}") for line in told.splitlines()):
         silent.append((name, key, wrong, told))
   assert silent == []
 
 
-# Section: what may be left out of it, because code has a default. Streams and terms are called *,
-# evaluators by their type.
-SPEC = ("pp", "data_dir", "cache", "max_bad")
-OPTIONAL = {
-  "checkpoint": ("keep_every", "best"),
-  "guard": ("max_skipped", "spike_sigma", "spike_window"),
-  "model": ("condition", "dtype", "scan", "remat", "attention"),
-  "path": ("timesteps",),
-  "optim": ("mu_dtype",),
-  "streams.*": ("timesteps", "mask_ratio", "labels"),
-  "streams.*.terms.*": ("where", "weight"),
-  "evals.fewshot": ("shots", "protocol", "features", "knn", "pixels", "t"),
-  "evals.losses": ("num",),
-  "evals.reconstruction": ("num", "scale"),
-  "evals.generation": (
-    *("scale", "features", "train", "test", "reference", "weights", "quantize", "metrics"),
-  ),
-  "expected": ("variant", "size"),
-  **dict.fromkeys(("data", "select", "test"), SPEC),
-  **dict.fromkeys(("evals.losses.data", "evals.reconstruction.data"), SPEC),
-  **{f"evals.{of}.{s}": SPEC for of in ("fewshot", "generation") for s in ("train", "test")},
-}
+# What no config may leave out, for code has no default for it.
+NEEDED_KEYS = """
+  seed summary wandb wandb.mode data data.name data.split optim optim.lr guard batch_size steps epochs
+  checkpoint checkpoint.every model model.variant path path.name streams ema_decay init_from evals
+"""
 
 
 def test_every_key_that_is_missing_is_told_unless_code_has_a_default_for_it():
+  told_of = set()
   for name, key, _ in ALL:
     section, _, last = key.rpartition(".")
-    path = section.split(".")
-    if path[0] == "evals" and len(path) > 1:
-      path[1] = STAGES[name]["evals"][path[1]]["type"]
-    path[1::2] = ["*"] * len(path[1::2]) if path[0] == "streams" else path[1::2]
-    optional = OPTIONAL.get(".".join(path), ()) if (name, key) != ("evaluate", "model.scan") else ()
+    field = fields_of(name, section).get(last)
     told = problems(changed(name, **{key: ...}))
-    if last in optional or path[-1] in ("evals", "streams", "terms"):
+    missing = dataclasses.MISSING
+    if field is None or (field.default, field.default_factory) != (missing, missing):
       assert told == "", (name, key, told)
     else:
       assert f"  {key} is missing" in told, (name, key, told)
+      told_of.add(key)
+  assert set(NEEDED_KEYS.split()) <= told_of
 
 
 def test_every_unknown_key_is_told_with_the_nearest_known_one():
   for name, key, value in ALL:
     section, _, last = key.rpartition(".")
-    own = section.split(".")[-1] in ("evals", "streams", "terms")  # Any name will do there.
-    if own:
+    if last not in fields_of(name, section):  # Any name will do there.
       continue
     told = problems(changed(name, **{f"{key}x": value}))
     assert f"  {key}x" in told and "there is no such key" in told, (name, key)
@@ -247,9 +234,8 @@ RANGES = {
   ("diffusion", "wandb.entity"): ([3], ["us"]),
   ("diffusion", "summary"): (["loss", (3,)], [(), ["loss"]]),
   ("diffusion", "init_weights"): (["best", ""], ["ema", "raw"]),
-  ("diffusion", "init_fresh"): ([("lable_embed",), ("",), "head"], [(), ["head"]]),
-  ("diffusion", "model.variant"): (["C/4", "B", "B/0", ""], ["B/16"]),
-  ("diffusion", "model.heads"): ([(), ("x0", "x0"), ("y",), "x0"], [("v",), ["x_t", "eps"]]),
+  ("diffusion", "init_fresh"): (["head"], [(), ["head"]]),
+  ("diffusion", "model.heads"): ([(), ("x0", "x0"), "x0"], [("v",), ["x_t", "eps"]]),
   ("diffusion", "model.class_tokens"): ([0], [1]),
   ("diffusion", "model.dtype"): (["float16", "bf16"], ["float32", "bfloat16"]),
   ("diffusion", "streams.noised.rows"): ([(0.0,), (0, 1, 1), (-0.1, 1.0), (0.0, 1.1)], [[0, 1]]),
@@ -361,7 +347,10 @@ def two(**overrides) -> dict:
     ("pretrain", "stages='pretrain' must be a tuple of strings"),
     ((3,), r"stages=(3,) must be"),
     (("pretrain", "pretrain"), "all different"),
-    (("pretrian",), "stages names 'pretrian', of which the config holds nothing. Did you mean 'pr"),
+    (
+      ("pretrian",),
+      "stages names 'pretrian', but the config has no such section. Did you mean 'pr",
+    ),
     (("../pretrain",), "'../pretrain' cannot name a stage"),
     (("/abs",), "'/abs' cannot name a stage"),
     (("cache",), "'cache' cannot name a stage"),
@@ -394,18 +383,27 @@ def test_what_is_no_stage_is_told_and_stages_may_be_left_out():
     ({"finetune.init_from": "stage:../pretrain"}, "must be 'stage:NAME'"),
     ({"finetune.init_from": "stage:"}, "must be 'stage:NAME'"),
     ({"pretrain.checkpoint.every": 0}, "pretrain.checkpoint.every=0 saves nothing to start from"),
-    ({"finetune.model.variant": "nano/4"}, "embed/kernel: here"),
-    ({"finetune.model.condition": "adaln"}, "head_adaln/kernel: here"),
-    ({"finetune.init_fresh": ()}, "label_embed/"),
-    ({"finetune.use_labels": False, "finetune.label_drop_prob": 0.0}, "are no parts of a model"),
-    (
-      {"finetune.latents": dict(vae="VAE", dtype="float32", chunk=8, tile=0)},
-      "pretrain is trained on pixels, this stage on latents",
-    ),
     ({"finetune.init_from": "stage:absent"}, ""),  # It may be in the workdir.
     ({"finetune.init_from": "somewhere/else"}, ""),
     ({"finetune.init_from": ""}, ""),
-    ({"finetune.model.variant": "nano/4", "finetune.init_fresh": ("embed", "head")}, "label_embed"),
+  ],
+)
+def test_stages_start_from_earlier_ones(overrides, told):
+  found = problems(two(**overrides), "W")
+  assert told in found and bool(told) == bool(found)
+  if told:  # By the key of the stage that cannot start.
+    starts = "finetune" if overrides.keys() != {"pretrain.init_from"} else "pretrain"
+    assert found.splitlines()[1].startswith(f"  {starts}.init_from=")
+
+
+@pytest.mark.parametrize(
+  "overrides, told",
+  [
+    ({"finetune.model.variant": "nano/4"}, "embed/kernel: here"),
+    ({"finetune.model.condition": "adaln"}, "head_adaln/kernel: here"),
+    ({"finetune.init_fresh": ()}, "label_embed/"),
+    ({"finetune.init_fresh": ("lable_embed",)}, "are no parts of a model"),
+    ({"finetune.model.remat": "full", "finetune.model.dtype": "bfloat16"}, ""),
     (
       {
         "finetune.model.variant": "nano/4",
@@ -413,15 +411,21 @@ def test_what_is_no_stage_is_told_and_stages_may_be_left_out():
       },
       "",
     ),
-    ({"finetune.model.remat": "full", "finetune.model.dtype": "bfloat16"}, ""),
   ],
 )
-def test_stages_start_from_earlier_ones_that_fit(overrides, told):
-  found = problems(two(**overrides), "W")
-  assert told in found and bool(told) == bool(found)
-  if told:  # By the key of the stage that cannot start.
-    starts = "finetune" if overrides.keys() != {"pretrain.init_from"} else "pretrain"
-    assert found.splitlines()[1].startswith(f"  {starts}.init_from=")
+def test_a_stage_that_does_not_fit_the_one_that_it_starts_from_is_told_before_any_trains(
+  tmp_path, overrides, told
+):
+  config = two(**overrides)
+  for name in config["stages"]:
+    config[name]["evals"] = {}
+  plan = stages.plan(ConfigDict(config), str(tmp_path))
+  if told:
+    with pytest.raises(ValueError, match=told):
+      stages.build(plan, str(tmp_path))
+  else:
+    assert len(stages.build(plan, str(tmp_path))) == 2
+  assert not os.listdir(tmp_path)
 
 
 def test_a_stage_that_is_finished_may_have_stopped_saving(tmp_path):
@@ -457,41 +461,48 @@ def test_no_stage_starts_from_one_that_trains_no_model():
 def test_what_may_not_be_meant_is_remarked(overrides, told):
   short = {f"evals.{name}.every": 4 for name in STAGES["pretrain"]["evals"]}
   stage = changed("pretrain", **{"steps": 8, "checkpoint.every": 8, **short, **overrides})
-  remarks = check.validate(ConfigDict(stage), "absent")
+  _, remarks = check.validate(ConfigDict(stage), "absent")
   assert len(remarks) == bool(told) and told in "".join(remarks)
 
 
 def test_remarks_name_the_stage():
-  (remark,) = check.validate(ConfigDict(two(**{"finetune.checkpoint.every": 501})), "absent")
+  _, (remark,) = check.validate(ConfigDict(two(**{"finetune.checkpoint.every": 501})), "absent")
   assert remark.startswith("finetune.checkpoint.every=501 ")
 
 
-# What the tables know by themselves, against the code that they are about.
+# What the records know by themselves, against the code that they are about.
 
 
-def test_every_trainer_has_its_keys():
+def test_every_trainer_has_its_record():
   modules = [
     importlib.import_module(f"trainers.{m.name}") for m in pkgutil.iter_modules(trainers.__path__)
   ]
   named = {m.__name__.split(".")[1] for m in modules if hasattr(m, "run") and hasattr(m, "prepare")}
-  assert named == set(keys.STAGES)
-  assert stages.trainer(ConfigDict({"trainer": "evaluate"})) in modules
+  assert named == set(records.STAGE.records)
+  assert stages.trainer(check.read_stage(STAGES["evaluate"])) in modules
 
 
-def test_the_parts_of_a_model_are_those_that_it_has():
-  model = AutoEncoder("nano/1", (1, 1, 1), num_classes=1)
-  assert set(param_shapes(model)) == set(keys.PARTS)
-
-
-def test_heads_are_what_a_path_can_combine():
-  assert set(keys.MODEL.fields["heads"].within) == set(make_path("edm").quantities)
+def test_errors_of_a_kl_auto_encoder_are_those_that_there_are():
+  (error,) = (f for f in dataclasses.fields(records.VaeLoss) if f.name == "error")
+  assert set(error.metadata["within"]) == set(kl_vae.ERRORS)
 
 
 def test_seeds_are_those_that_jax_tells_apart():
-  interval = keys.ANY["seed"].within
+  (seed,) = (f for f in dataclasses.fields(records.Stage) if f.name == "seed")
   last = 2**32 - 1
-  assert schema.inside(last, interval) and not schema.inside(last + 1, interval)
+  assert read.inside(last, seed.metadata["within"])
+  assert not read.inside(last + 1, seed.metadata["within"])
   assert jax.random.key(last + 1) == jax.random.key(0) != jax.random.key(last)
+
+
+def test_records_hold_what_the_config_says_and_the_defaults():
+  stage = changed("pretrain", summary=["loss"])
+  del stage["data"]["cache"]
+  record = check.read_stage(stage)
+  assert record.summary == ("loss",) and record.data.cache is False and record.latents is None
+  assert isinstance(record.guard, Guard) and record.guard.max_skipped == 10
+  again = check.read_stage(records.to_dict(record) | {"latents": {}})
+  assert again == record  # What a workdir keeps is a config, too.
 
 
 VALUES = [0, 0.5, True, None, "a", (), (1,), (1, 2), (0.5, "a"), ("a",), (1, True), {}]
@@ -513,11 +524,11 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_types_are_those_of_annotations(kind):
-  fitting = [v for v in VALUES if schema.fits(v, kind)]
+  fitting = [v for v in VALUES if read.fits(v, kind)]
   assert list(map(repr, fitting)) == list(map(repr, KINDS[kind]))
   for value in VALUES:
     if isinstance(value, tuple):
-      assert schema.fits(list(value), kind) == (value in fitting)
+      assert read.fits(list(value), kind) == (value in fitting)
 
 
 @pytest.mark.parametrize(
@@ -530,10 +541,5 @@ def test_types_are_those_of_annotations(kind):
   ],
 )
 def test_intervals_are_read_as_they_are_written(interval, within, outside):
-  assert all(schema.inside(x, interval) for x in within)
-  assert not any(schema.inside(x, interval) for x in outside)
-
-
-def test_a_table_that_names_what_code_does_not_take_is_an_error():
-  with pytest.raises(TypeError, match=r"make_path takes no \['stepz'\]"):
-    schema.arguments(make_path, stepz="[0, 1]")
+  assert all(read.inside(x, interval) for x in within)
+  assert not any(read.inside(x, interval) for x in outside)

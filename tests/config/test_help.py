@@ -10,15 +10,19 @@ import sys
 import pytest
 
 import configs
-from configs import common
-from trainers.config import help
+from configs import common, methods
+from trainers.config import help, records
+from trainers.kl_vae import ERRORS
 from umd.metrics.quantize import QUANTIZERS
+from umd.models import MODELS
+from umd.models.layers.attention import IMPLEMENTATIONS
+from umd.models.layers.blocks import CONDITIONS, REMAT
 from umd.paths import PATHS
 from umd.runs.checkpoint import WEIGHTS
 from umd.samplers import SOLVERS
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-SHARED = {"common", "images", "two_stages"}  # Parts of configs.
+SHARED = {"common", "images", "methods"}  # Parts of configs.
 ALL = sorted(m.name for m in pkgutil.iter_modules(configs.__path__))
 CONFIGS = [name for name in ALL if name not in SHARED]
 
@@ -28,7 +32,7 @@ def path(name):
 
 
 def describe(name, text=""):
-  return help.describe(path(name), text, common.parse_arg, common.METHODS)
+  return help.describe(path(name), text, common.parse_arg, methods.METHODS)
 
 
 def rows(text):
@@ -41,47 +45,46 @@ def rows(text):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_argument_of_every_config_has_a_meaning(name):
-  found = help.arguments(help.load(path(name)))
-  assert list(found) == list(importlib.import_module(f"configs.{name}").ARGUMENTS)
-  assert [n for n, argument in found.items() if len(argument.meaning) < 5] == []
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_argument_is_printed_once_with_its_default_and_type(name):
+def test_every_argument_is_printed_once_with_its_default_type_and_meaning(name):
   text = describe(name)
-  defaults = importlib.import_module(f"configs.{name}").ARGUMENTS
+  arguments = importlib.import_module(f"configs.{name}").ARGUMENTS
   found = rows(text)
-  assert found.keys() == defaults.keys()
-  for argument, default in defaults.items():
+  assert found.keys() == arguments.keys()
+  for argument, (default, meaning, choices) in arguments.items():
     kind = {int: "int", float: "float", bool: "bool", str: "text"}[type(default)]
     mark, value, rest = found[argument]
     assert (mark, value, rest.split()[0]) == ("", str(default) or '""', kind)
-  assert ("maskdit" in text) == ("method" in defaults)
+    assert len(meaning) > 3 and meaning.split()[0] in rest
+    assert not choices or default in choices
+  assert ("maskdit" in text) == ("method" in arguments)
   lines = [line for line in text.splitlines() if "--config" not in line]
   assert max(map(len, lines)) <= help.WIDTH
 
 
-def test_the_choices_that_a_meaning_lists_are_those_that_there_are():
-  """Where the choices are a table, the words "a, b or c" must be its keys."""
+def test_choices_are_those_that_there_are():
   known = {
-    "method": common.METHODS,
-    "path": PATHS,
-    "dtype": ("bfloat16", "float32"),
+    "method": methods.METHODS,
+    "path": {*PATHS} - {"ve", "edm"},  # These have no T, which `timesteps` sets.
+    "dtype": records.DTYPES,
+    "scan": ("auto", "true", "false"),
+    "remat": ("auto", *REMAT),
+    "attention": IMPLEMENTATIONS,
+    "adaln": common.CONDITIONS,
     "quantize": QUANTIZERS,
     "weights": WEIGHTS,
     "init_weights": WEIGHTS,
     "sampler": SOLVERS,
-    "wandb_mode": ("online", "offline", "disabled"),
+    "error": ERRORS,
   }
   checked = set()
   for name in CONFIGS:
-    for argument, (meaning, _) in help.arguments(help.load(path(name))).items():
-      if argument in known:
-        listed = re.search(r"((?:\w+, )*\w+) or (\w+)", meaning)
-        assert {*listed[1].split(", "), listed[2]} == set(known[argument]), (name, argument)
+    for argument, (default, _, choices) in help.load(path(name)).ARGUMENTS.items():
+      if argument in known and isinstance(default, str):
+        assert set(choices) == set(known[argument]), (name, argument)
         checked.add(argument)
   assert checked == known.keys()
+  assert set(common.CONDITIONS.values()) == set(CONDITIONS)
+  assert {row.network for row in methods.METHODS.values()} <= set(MODELS)
 
 
 def test_values_in_effect_are_shown_and_those_given_marked():
@@ -99,53 +102,29 @@ def test_values_in_effect_are_shown_and_those_given_marked():
 def test_the_configs_own_arguments_come_first_and_shared_ones_where_they_are_from():
   lines = describe("folder").splitlines()
   heads = [line for line in lines if re.fullmatch(r"\S+\.py", line)]
-  assert [os.path.basename(h) for h in heads] == [
-    *("folder.py", "two_stages.py", "images.py", "common.py")
-  ]
-  where = {h: lines.index(h) for h in heads}
+  assert [os.path.basename(h) for h in heads] == ["folder.py", "images.py", "common.py"]
+  own, images, shared = map(lines.index, heads)
   line_of = lambda name: next(i for i, x in enumerate(lines) if x[2:].startswith(name + " "))
-  own, two_stages, images, shared = where.values()
-  assert own < line_of("root") < two_stages < line_of("shots") < images
-  assert images < line_of("train_split") < shared < line_of("variant")
+  assert own < line_of("root") < images < line_of("train_split") < shared < line_of("variant")
 
 
-CONFIG = '''
+def test_a_config_of_ones_own_may_build_on_others(tmp_path):
+  file = tmp_path / "mine.py"
+  file.write_text('''
 """Mine."""
 from configs import common
 
-ARGUMENTS = {
-  **common.ARGUMENTS,
-  "adaln": "false",  # the other way
-  # A remark on what comes next, no meaning.
-  "seed": 5,
-  "own": "a#b",  # of mine
-  "lines": max(
-    1,
-    2,
-  ),  # of two lines
-  "silent": 1,
-} | dict(more=2, **{"late": 3})  # late
-del ARGUMENTS["remat"]
-ARGUMENTS["added"] = 1  # afterwards
-for i in range(2):
-  ARGUMENTS[f"loop{i}"] = i
-'''
-
-
-def test_meanings_follow_the_ways_in_which_arguments_are_written(tmp_path):
-  file = tmp_path / "mine.py"
-  file.write_text(CONFIG)
-  found = help.arguments(help.load(str(file)))
-  meaning = {name: argument.meaning for name, argument in found.items()}
-  assert meaning["adaln"] == "the other way"  # The newest comment.
-  shared = help.arguments(help.load(path("common")))
-  assert meaning["seed"] == shared["seed"].meaning != ""  # A new default, the old meaning.
-  assert (meaning["own"], meaning["lines"]) == ("of mine", "of two lines")
-  assert meaning["silent"] == meaning["loop0"] == meaning["loop1"] == ""
-  assert meaning["added"] == "afterwards" and meaning["late"] == "late"
-  assert "remat" not in meaning
-  names = {os.path.basename(found[n].home.__file__) for n in ("adaln", "seed", "method")}
-  assert names == {"common.py"}
+ARGUMENTS = dict(
+  common.with_defaults(common.ARGUMENTS, adaln="false"),
+  blur=common.Argument(3, "side of the blur", ()),
+)
+''')
+  text = help.describe(str(file), "blur=5", common.parse_arg, methods.METHODS)
+  found, shared = rows(text), help.load(path("common")).ARGUMENTS
+  assert found["blur"] == ("*", "5", "int    side of the blur (default: 3)")
+  assert found["adaln"][:2] == ("", "false") and shared["adaln"].default == "true"
+  assert shared["adaln"].meaning.split()[0] in found["adaln"][2]
+  assert text.index("mine.py\n") < text.index("configs/common.py\n")
 
 
 @pytest.mark.parametrize(
@@ -191,9 +170,10 @@ def test_a_wrong_command_ends_with_one_message(arguments, told):
 def test_neither_jax_nor_tensorflow_is_loaded():
   code = """
 import sys
-from configs import common
+from configs import common, methods
 from trainers.config import help as config_help
-text = config_help.describe("configs/ae_i1k.py", "", common.parse_arg, common.METHODS)
+from configs import methods
+text = config_help.describe("configs/ae_i1k.py", "", common.parse_arg, methods.METHODS)
 sys.exit(f"{'jax' in sys.modules} {'tensorflow' in sys.modules}" * ("batch_size" in text))
 """
   assert run(code=code).stderr.strip() == "False False"

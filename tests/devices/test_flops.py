@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import common
+from configs import methods
 from umd import objectives
 from umd.codecs.vae import Architecture, KLAutoEncoder
 from umd.devices import flops
@@ -49,7 +49,7 @@ def test_a_training_step_counts_three_forward_passes_of_the_published_sizes(
 ):
   batch_size = 8
   model = AutoEncoder(variant, (side, side, 3), **settings)
-  streams = objectives.make_streams(common.streams(**common.METHODS[method]))
+  streams = objectives.make_streams(methods.streams_of(method))
   objective = Objective(model, make_path("cosine", 1000), streams, batch_size)
   batch = {
     "image": jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.float32),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import common
+from configs import methods
 from umd import data, objectives
 from umd.devices.mesh import batch_sharding, make_mesh
 from umd.paths import make_path
@@ -26,15 +26,12 @@ def seen(monkeypatch):
   return found
 
 
-@pytest.mark.parametrize("method", common.METHODS)
+@pytest.mark.parametrize("method", methods.METHODS)
 def test_examples_timesteps_noise_and_masks_are_the_same_on_any_number_of_devices(
   nano, seen, method
 ):
-  a = common.parse_arg(f"method={method}", **common.ARGUMENTS)
   model, _ = nano("nano/4", (8, 8, 1), num_classes=10)
-  streams = objectives.make_streams(
-    common.streams(a.no_noise_prob, a.mask_ratio, a.mask_ratio_no_noise)
-  )
+  streams = objectives.make_streams(methods.streams_of(method))
   loss = objectives.Objective(model, make_path("cosine", 1000), streams, BATCH, 0.1)
   batch = next(data.train_batches(data.load("digits", "train"), BATCH, seed=3))
 

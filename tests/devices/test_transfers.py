@@ -7,6 +7,7 @@ import optax
 from stand_ins import Function
 
 from configs import quickstart
+from trainers.config.check import read_stage
 from trainers.loop import Training, train
 from umd import data
 from umd.devices.mesh import make_mesh
@@ -39,7 +40,12 @@ def test_nothing_is_fetched_between_logs_and_nothing_sent_but_batches(tmp_path, 
       return compiled(state, batch)
 
   source = data.load("digits", "train")
-  train(Training(state, lambda: state, step, source, STEPS, [], mesh), config, str(tmp_path), "run")
+  train(
+    Training(state, lambda: state, step, source, STEPS, [], mesh),
+    read_stage(config),
+    str(tmp_path),
+    "run",
+  )
   assert len(before) == STEPS
   logged = np.flatnonzero(np.diff(before)) + 1
   np.testing.assert_array_equal(logged, np.arange(LOG_EVERY, STEPS, LOG_EVERY))

@@ -14,10 +14,11 @@ import matplotlib
 import numpy as np
 import pytest
 
-from configs import common
+from configs import methods
 from tools import method_pictures
 from trainers import diffusion
 from trainers.config import check as validate
+from trainers.config.check import read_stage
 from umd import objectives
 from umd.masks import patchify
 from umd.objectives import check
@@ -105,12 +106,12 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
   assert (tmp_path / names["WORKDIR"] / "export" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", common.METHODS)
+@pytest.mark.parametrize("name", methods.METHODS)
 def test_the_page_shows_each_method_as_it_stands_in_the_config(name):
   section = METHODS_PAGE.lower().index(f"\n## {name}\n")
   start = METHODS_PAGE.index("```python\n", section) + len("```python\n")
   shown = eval(METHODS_PAGE[start : METHODS_PAGE.index("```", start)], {"dict": dict})
-  assert shown == common.streams(**common.METHODS[name])
+  assert shown == methods.streams_of(name)
 
 
 def test_the_config_on_the_page_trains_flow_matching(tmp_path):
@@ -119,7 +120,7 @@ def test_the_config_on_the_page_trains_flow_matching(tmp_path):
   config = names["get_config"]("variant=nano/2,steps=2,finetune_steps=1,num_samples=20")
   validate.validate(config, str(tmp_path))
   for name in config.stages:
-    parts = diffusion.prepare(config[name], str(tmp_path), str(tmp_path))
+    parts = diffusion.prepare(read_stage(config[name]), str(tmp_path), str(tmp_path))
     (stream,) = parts.streams
     assert [term.head for term in stream.terms.values()] == ["v"] == list(parts.model.heads)
     assert config[name].path.name == "flow"

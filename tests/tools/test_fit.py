@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from stand_ins import Function, at_once
 
-from configs import ae_i1k, common, quickstart
+from configs import ae_i1k, methods, quickstart
 from tools.fit import __main__, compile, shapes
 from trainers import diffusion, stages
 from trainers.config import describe
+from trainers.config.check import read_stage
 from trainers.loop import make_step
 from umd import objectives, paths
 from umd.devices import chips, memory, mesh
@@ -41,6 +42,7 @@ def program(*arguments):
 def test_the_step_is_the_trainers(tmp_path):
   config = quickstart.get_config(f"{SMALL},scan=true").pretrain
   config.evals = {}
+  config = read_stage(config)
   planned = shapes.plan(config, jax.devices())
   parts = diffusion.prepare(config, str(tmp_path), str(tmp_path))
   blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), describe.state_sizes(parts).params)
@@ -54,14 +56,15 @@ def test_the_step_is_the_trainers(tmp_path):
 
 def test_neither_data_nor_vae_need_be_here():
   gpus = memory.gpus("H100x8")
-  planned = shapes.plan(ae_i1k.get_config(NO_DATA).pretrain, gpus)
+  planned = shapes.plan(read_stage(ae_i1k.get_config(NO_DATA).pretrain), gpus)
   assert planned.batch["image"].shape == (32, 64, 64, 3)
   assert planned.parts.model.num_classes == 0
   latent = f"{NO_DATA.replace('nano/8', 'nano/2')},latent_diffusion=True"
-  planned = shapes.plan(ae_i1k.get_config(latent).pretrain, gpus)
+  planned = shapes.plan(read_stage(ae_i1k.get_config(latent).pretrain), gpus)
   assert planned.parts.model.image_size == (8, 8, 4)
   assert describe.count(planned.step.frozen) == 83_653_863  # Stable Diffusion's, as published
   config = ae_i1k.get_config(f"{latent},use_preprocessed_latents=True,latents_dir=absent").pretrain
+  config = read_stage(config)
   with pytest.raises(ValueError, match=r"data.name='latents:absent' .* Give --image_size"):
     shapes.plan(config, gpus)
   planned = shapes.plan(config, gpus, side=64)
@@ -71,7 +74,7 @@ def test_neither_data_nor_vae_need_be_here():
 
 def test_labels_are_counted_or_given():
   arguments = "dataset=folder:absent,train_split=all,test_split=all,use_labels=True"
-  config = ae_i1k.get_config(f"{NO_DATA},{arguments}").pretrain
+  config = read_stage(ae_i1k.get_config(f"{NO_DATA},{arguments}").pretrain)
   with pytest.raises(ValueError, match=r"absent[\s\S]*Or give --num_classes"):
     shapes.plan(config, jax.devices())
   planned = shapes.plan(config, jax.devices(), num_classes=7)
@@ -103,7 +106,9 @@ def test_other_gpus_are_an_error(name):
 def test_the_state_is_counted_as_it_is_placed():
   on_one = []
   for arguments in (SMALL, f"{SMALL},fsdp=8"):
-    planned = shapes.plan(quickstart.get_config(arguments).pretrain, memory.gpus("H100x8"))
+    planned = shapes.plan(
+      read_stage(quickstart.get_config(arguments).pretrain), memory.gpus("H100x8")
+    )
     state, split = describe.state_sizes(planned.parts), "fsdp" in arguments
     on_one.append(memory.on_device(planned.state.params))
     kept = __main__._parts_of_state(planned)
@@ -241,11 +246,11 @@ def test_config_errors_are_those_of_training(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", common.METHODS)
+@pytest.mark.parametrize("method", methods.METHODS)
 @pytest.mark.parametrize("how", [{}, dict(scan=True), dict(scan=True, remat="full")])
 def test_the_arithmetic_is_within_a_factor_of_what_xla_plans(method, how):
   model = AutoEncoder("micro/2", (16, 16, 3), **how)
-  streams = objectives.make_streams(common.streams(**common.METHODS[method]))
+  streams = objectives.make_streams(methods.streams_of(method))
   objective = objectives.Objective(model, paths.make_path("cosine", 1000), streams, 64)
   loss = at_once(objective)
   params = param_shapes(model)

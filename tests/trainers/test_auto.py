@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs import common
+from configs import methods
 from trainers import auto
 from umd import objectives
 from umd.devices import chips, memory
@@ -11,7 +11,7 @@ from umd.models.autoencoder import AutoEncoder
 from umd.objectives import Objective
 from umd.paths import make_path
 
-STREAMS = objectives.make_streams(common.streams(**common.METHODS["dit"]))
+STREAMS = objectives.make_streams(methods.streams_of("dit"))
 H100, CPU = "NVIDIA H100 80GB HBM3", "cpu"
 
 

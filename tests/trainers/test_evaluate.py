@@ -6,6 +6,7 @@ import pytest
 
 from configs import eval_ae_i1k, quickstart
 from trainers import evaluate, stages
+from trainers.config.check import read_stage
 from umd.runs import workdir as folder
 from umd.runs.writers import read_jsonl
 from umd.trained import saved
@@ -139,7 +140,7 @@ def test_a_run_that_saved_nothing_is_not_evaluated(trained, tmp_path):
 
 
 def test_an_evaluation_can_be_planned_before_its_run_is_trained(tmp_path):
-  config = eval_config().eval
+  config = read_stage(eval_config().eval)
   assert evaluate.prepare(config, str(tmp_path / "eval"), str(tmp_path)) is None
   with pytest.raises(FileNotFoundError, match="'' holds no run"):
     evaluate.run(None, config, str(tmp_path / "eval"), "eval", cache=str(tmp_path))

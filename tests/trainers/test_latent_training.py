@@ -13,9 +13,10 @@ import pytest
 import stand_ins
 from ml_collections import ConfigDict
 
-from configs import common, vae_tiny
+from configs import common, methods, vae_tiny
 from tools import encode_latents
-from trainers import stages
+from trainers import diffusion, stages
+from trainers.config.check import read_stage
 from umd import data
 from umd.codecs import vae_files
 from umd.codecs.vae import Architecture
@@ -70,9 +71,9 @@ def images(tmp_path_factory):
 
 def make_config(vae, train=TRAIN, test=TEST, **changes):
   """A stage that trains a nano model on latents, with the evaluators that `changes` name."""
-  a = common.parse_arg(
-    "variant=nano/1,dtype=float32,path=linear,timesteps=20,adaln=false", **common.ARGUMENTS
-  )
+  arguments = "variant=nano/1,dtype=float32,path=linear,timesteps=20,adaln=false"
+  a = common.parse_arg(arguments, common.ARGUMENTS)
+  a.batch_size = 32
   sampling = common.sampling(steps=4, cfg_scale=2.0, cfg_channels=3)
   evals = dict(
     losses=dict(type="losses", data=test, num=64, bins=1),
@@ -84,12 +85,11 @@ def make_config(vae, train=TRAIN, test=TEST, **changes):
     ),
   )  # fmt: skip
   chosen = changes.pop("evals", ())
-  config = common.autoencoder(
+  config = common.diffusion(
     a,
     data=train,
-    streams=common.streams(0.5, 0.25, 0.5),
+    streams=methods.streams(0.5, 0.25, 0.5),
     optim=common.optim(1e-3, 0.0, 0.95),
-    batch_size=32,
     steps=STEPS,
     use_labels=True,
     label_drop_prob=0.1,
@@ -190,9 +190,7 @@ def test_another_vae_in_the_place_of_the_one_it_was_trained_with_is_refused(trai
   shifted = jax.tree.map(lambda x: x + 0.01, weights.params)
   vae_files.save(other, weights.architecture, shifted)
   with pytest.raises(ValueError, match=r"latents.vae: the run in .* Give the vae"):
-    stages.trainer(make_config(other)).prepare(
-      make_config(other), str(tmp_path / "new"), "", workdir
-    )
+    diffusion.prepare(read_stage(make_config(other)), str(tmp_path / "new"), "", workdir)
   run = saved.open_run(workdir)
   run.description.latents["vae"] = other
   with pytest.raises(ValueError, match="Give the vae that it was trained with"):
@@ -227,7 +225,7 @@ def test_pixels_cannot_be_trained_on_latents_nor_reconstructions_compared_in_the
   latents = common.data(f"latents:{out}", "train", "view(0)")
   config = make_config(vae, latents, latents, evals=("reconstruction",))
   config.evals.reconstruction.data = latents
-  prepare = lambda config: stages.trainer(config).prepare(config, str(tmp_path / "new"), "")
+  prepare = lambda config: diffusion.prepare(read_stage(config), str(tmp_path / "new"), "")
   with pytest.raises(ValueError, match="compared in pixels"):
     prepare(config)
   config = make_config(vae, latents, latents)

@@ -11,6 +11,7 @@ import pytest
 
 from configs import ae_i1k_lp, quickstart
 from trainers import linear_probe, stages
+from trainers.config.check import read_stage
 from umd import data
 from umd.codecs.codec import Pixels
 from umd.devices.mesh import make_mesh, replicated
@@ -65,7 +66,7 @@ def saved_heads(workdir, step) -> dict:
 
 def run(config, workdir, encoder):
   """The stage alone, on the encoder in another workdir."""
-  stage, cache = config.linear_probe, str(workdir)
+  stage, cache = read_stage(config.linear_probe), str(workdir)
   start = dict(init_from=str(encoder / "pretrain"))
   parts = linear_probe.prepare(stage, str(workdir), cache, **start)
   return linear_probe.run(parts, stage, str(workdir), "linear_probe", cache=cache, **start)
@@ -174,7 +175,7 @@ def test_the_learning_rate_is_chosen_on_select_and_not_on_test(encoder, tmp_path
 
 def prepare(config, encoder, workdir):
   where = saved.locate(config.linear_probe.init_from, str(encoder))
-  return linear_probe.prepare(config.linear_probe, str(workdir), str(workdir), where)
+  return linear_probe.prepare(read_stage(config.linear_probe), str(workdir), str(workdir), where)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +243,7 @@ def test_without_a_checkpoint_nothing_is_probed(tmp_path):
 
 
 def test_a_probe_can_be_planned_before_its_encoder_is_trained(tmp_path):
-  config = probe_config().linear_probe
+  config = read_stage(probe_config().linear_probe)
   assert linear_probe.prepare(config, str(tmp_path / "lp"), str(tmp_path)) is None
   with pytest.raises(FileNotFoundError, match="'' holds no run"):
     linear_probe.run(None, config, str(tmp_path / "lp"), "linear_probe", cache=str(tmp_path))

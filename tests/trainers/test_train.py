@@ -11,6 +11,7 @@ import pytest
 
 from configs import quickstart
 from trainers import diffusion, stages
+from trainers.config.check import read_stage
 from umd import data
 from umd.runs.writers import read_jsonl
 
@@ -39,8 +40,9 @@ def pretrain_config(**overrides):
 
 
 def train(config, workdir, **arguments) -> dict:
-  parts = diffusion.prepare(config, str(workdir), str(workdir))
-  return diffusion.run(parts, config, str(workdir), "run", cache=str(workdir), **arguments)
+  stage = read_stage(config)
+  parts = diffusion.prepare(stage, str(workdir), str(workdir))
+  return diffusion.run(parts, stage, str(workdir), "run", cache=str(workdir), **arguments)
 
 
 def saved_state(workdir: str, step: int) -> dict:
@@ -109,7 +111,7 @@ def test_another_config_in_the_same_workdir_is_refused(tmp_path, capsys):
   config.evals = {}
   train(config, tmp_path)
   config.log_every = 1  # This one changes no number: it is told, and no more.
-  diffusion.prepare(config, str(tmp_path), str(tmp_path))
+  diffusion.prepare(read_stage(config), str(tmp_path), str(tmp_path))
   assert "config: log_every was 2, is now 1" in capsys.readouterr().out
   config.optim.lr = 0.1
   with pytest.raises(ValueError, match=r"optim\.lr: there 0\.002, now 0\.1"):
@@ -132,7 +134,7 @@ def test_labels_cannot_be_used_where_there_are_none(tmp_path):
   spec = {"data.name": f"npz:{path}", "data.split": "all"}
   config = pretrain_config(use_labels=True, **spec)
   with pytest.raises(ValueError, match=r"use_labels=True, but .* has no labels"):
-    diffusion.prepare(config, str(tmp_path / "run"), str(tmp_path))
+    diffusion.prepare(read_stage(config), str(tmp_path / "run"), str(tmp_path))
 
 
 def poison(monkeypatch, bad):
@@ -179,12 +181,12 @@ def test_values_that_stay_not_finite_stop_the_run_and_are_found(tmp_path, monkey
     ({"optim.warmup": float(STEPS)}, "optim.warmup=24.0 must be in"),
     ({"epochs": 3.0}, "steps=24 and epochs=3.0: give one"),
     ({"eval_batch_size": 66}, "eval_batch_size=66 must be a positive multiple"),
-    ({"evals.fewshot.type": "fewshots"}, "evals.fewshot.type='fewshots' is not one of"),
+    ({"evals.fewshot.type": "fewshots"}, "evals.fewshot.type='fewshots' must be one of"),
   ],
 )
 def test_bad_settings_are_errors_before_anything_is_written(tmp_path, overrides, message):
   with pytest.raises(ValueError, match=message):
-    diffusion.prepare(pretrain_config(**overrides), str(tmp_path), str(tmp_path))
+    diffusion.prepare(read_stage(pretrain_config(**overrides)), str(tmp_path), str(tmp_path))
   assert not list(tmp_path.iterdir())
 
 
@@ -217,4 +219,4 @@ def test_bad_sampling_is_an_error_at_start(tmp_path, sampling, message):
   with config.unlocked():
     config.evals.generation.sampling.update(sampling)
   with pytest.raises(ValueError, match=f"evals.generation: .*{message}"):
-    diffusion.prepare(config, str(tmp_path), str(tmp_path))
+    diffusion.prepare(read_stage(config), str(tmp_path), str(tmp_path))

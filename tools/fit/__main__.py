@@ -8,6 +8,7 @@ data nor the chips need be here. Exit status: 0 if all fits, 3 if not, 1 if some
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -152,7 +153,7 @@ def _estimated(planned, place: Place, report: dict, accumulate: int) -> None:
     report["seconds_at_peak"] = report["flops"] / (peak * n)
 
 
-def examine(config: ConfigDict, place: Place, args: argparse.Namespace, hlo_path: str = "") -> dict:
+def examine(config, place: Place, args: argparse.Namespace, hlo_path: str = "") -> dict:
   """All that is known of a stage's step on that place."""
   from tools.fit import shapes
 
@@ -177,7 +178,7 @@ def examine(config: ConfigDict, place: Place, args: argparse.Namespace, hlo_path
   return report
 
 
-def largest_batch(config: ConfigDict, place: Place, args: argparse.Namespace, known: dict) -> int:
+def largest_batch(config, place: Place, args: argparse.Namespace, known: dict) -> int:
   """The largest batch that fits, see `tools.fit.compile.largest`; `known` is the report of the config's."""
   from tools.fit import compile
 
@@ -188,8 +189,7 @@ def largest_batch(config: ConfigDict, place: Place, args: argparse.Namespace, kn
       return int(known["peak"] + (batch - rows) * known["peak_per_image"])
     if batch not in peaks:
       print(f"trying batch_size={batch} ...", file=sys.stderr, flush=True)
-      other = ConfigDict(config.to_dict())
-      other.batch_size = batch
+      other = dataclasses.replace(config, batch_size=batch)
       peaks[batch] = examine(other, place, args)["peak"]
     return peaks[batch]
 
@@ -254,15 +254,13 @@ def fit(args: argparse.Namespace, overrides: list[str]) -> bool:
   """Prints a report of every stage; whether all of them fit."""
   config, place = load_config(args.config, overrides), find_place(args.topology)
   from trainers import stages
-  from trainers.config import check
 
-  check.validate(config, "fit")
-  plan = [(n, c) for n, c, _ in stages.stages(config, "fit") if args.stage in ("", n)]
-  todo = [(name, stage) for name, stage in plan if stage.trainer == TRAINER]
+  plan = [(name, stage) for name, stage, _ in stages.plan(config, "fit")]
+  todo = [(n, s) for n, s in plan if args.stage in ("", n) and s.trainer == TRAINER]
   if not todo:
     raise ValueError(
       f"--stage={args.stage!r}: the config has no such stage with trainer={TRAINER!r}, which is "
-      f"the one that is looked at. It has {[n for n, _, _ in stages.stages(config, 'fit')]}."
+      f"the one that is looked at. It has {[name for name, _ in plan]}."
     )
   all_fit, reports = True, {}
   for name, stage in todo:

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from trainers import diffusion, kl_vae
 from trainers.config import describe
+from trainers.config.records import Diffusion, to_dict
 from trainers.loop import make_step
 from umd import data
 from umd.codecs import vae_files
@@ -69,7 +69,7 @@ class Planned(NamedTuple):
   idle: int
 
 
-def _sized(config: ConfigDict, side: int) -> tuple[int, int, int]:
+def _sized(config: Diffusion, side: int) -> tuple[int, int, int]:
   """(H, W, C) of the images that are read, before any VAE."""
   if side:
     return side, side, 3
@@ -81,9 +81,9 @@ def _sized(config: ConfigDict, side: int) -> tuple[int, int, int]:
   return Preprocess(config.data.pp, "string", (None, None, 3), config.data.name).image_size
 
 
-def _source(config: ConfigDict, side: int, num_classes: int) -> Unread:
+def _source(config: Diffusion, side: int, num_classes: int) -> Unread:
   """What is known of the data; they are opened only if their labels must be counted."""
-  settings = config.data.to_dict()
+  settings = to_dict(config.data)
   if settings["name"].partition(":")[0] in ALWAYS_HERE:
     found = data.load(**settings)
     return Unread(found.name, found.image_size, found.num_classes, len(found))
@@ -95,9 +95,9 @@ def _source(config: ConfigDict, side: int, num_classes: int) -> Unread:
   return Unread(settings["name"], _sized(config, side), num_classes)
 
 
-def _codec(config: ConfigDict, mesh: Mesh) -> Codec:
+def _codec(config: Diffusion, mesh: Mesh) -> Codec:
   """The config's codec; of a VAE the shapes of its parameters."""
-  settings = config.latents.to_dict()
+  settings = to_dict(config.latents)
   if not settings:
     return Pixels()
   name = settings.pop("vae")
@@ -112,11 +112,11 @@ def _codec(config: ConfigDict, mesh: Mesh) -> Codec:
   return codec
 
 
-def plan(config: ConfigDict, devices, side: int = 0, num_classes: int = 0) -> Planned:
+def plan(config: Diffusion, devices, side: int = 0, num_classes: int = 0) -> Planned:
   """Builds a stage of the trainer "diffusion" for devices that need not be here.
 
   Args:
-    config: of the stage, as `validate` accepts it.
+    config: of the stage.
     devices: of the mesh.
     side: of the images in pixels; 0: as the preprocessing says.
     num_classes: number of labels; 0: as the data say, which are opened if it matters.

@@ -12,9 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 from ml_collections import ConfigDict
 
-from trainers import evaluate, kl_vae, linear_probe, logs, stages
-from trainers.config import check
-from trainers.config.schema import PARTS
+from trainers import evaluate, kl_vae, linear_probe, stages
+from trainers.config import records
 from trainers.diffusion import Parts
 from umd import data
 from umd.codecs.codec import Latents, stored
@@ -37,108 +36,120 @@ from umd.state import TrainState, state_shapes
 from umd.trained import saved
 
 Rows = list[Sequence[str]]  # Of a table, headings first.
+Section = tuple[str, list[str]]  # (title, lines).
+PREFIXES = ("", "k", "M", "G", "T", "P")
+
+
+# What is counted and measured.
 
 
 def state_sizes(parts: Parts) -> TrainState:
-  """Shapes and types of all that is trained and saved."""
+  """Returns shapes and types of all that is trained and saved."""
   return state_shapes(functools.partial(init_params, parts.model), parts.tx)
 
 
 def nbytes_of_device(tree, mesh) -> int:
-  """Bytes of the arrays that a tree of shapes stands for which one device of the mesh keeps."""
+  """Counts the bytes that one device of the mesh keeps of the arrays that the shapes stand for."""
   return on_device(placed(tree, state_shardings(tree, mesh)))
 
 
-def text(number: float) -> str:
-  """1234567 (bytes) -> "1.23 MB"."""
-  units = ["B", "kB", "MB", "GB", "TB"]
-  while number >= 999.5 and len(units) > 1:
-    number, units = number / 1000, units[1:]
-  return f"{number:.3g} {units[0]}"
-
-
 def _shapes(tree) -> list[Sequence[int]]:
-  """Of anything with shapes: arrays, or what a checkpoint says of them."""
+  """Returns the shapes of arrays, or of what a checkpoint says of them."""
   return [leaf.shape for leaf in jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "shape"))]
 
 
 def count(params) -> int:
-  """Number of parameters, from anything with shapes."""
+  """Counts parameters, from anything with shapes."""
   return sum(math.prod(shape) for shape in _shapes(params))
 
 
-def _matrices(params) -> str:
-  """The shapes of a part's matrices, or of its vectors if it has no others."""
-  shapes = [shape for shape in _shapes(params) if len(shape) > 1] or _shapes(params)
-  return ", ".join(" x ".join(map(str, shape)) for shape in shapes)
-
-
-def parts(model: Network, params: Mapping) -> Rows:
-  """A row for each part of a model (those of `init_fresh`): what it is, its number of parameters.
-
-  Args:
-    model: the auto-encoder.
-    params: its parameters, or anything with their shapes.
-  """
-  total = count(params)
+def parts(params: Mapping) -> Rows:
+  """Makes a row for each part of a model (a name of `init_fresh`): its matrices, its parameters."""
   rows = [("part", "what", "parameters", "share")]
-  for name in [*(p for p in PARTS if p in params), *sorted(params.keys() - {*PARTS})]:
-    number, what = count(params[name]), _matrices(params[name])
-    rows.append((name, what, f"{number:,}", f"{100 * number / total:.1f} %"))
+  for name, part in params.items():
+    matrices, number = [shape for shape in _shapes(part) if len(shape) > 1], count(part)
+    listed = len(matrices) <= 3
+    what = ", ".join(map(_by, matrices or _shapes(part))) if listed else f"{len(matrices)} arrays"
+    rows.append((name, what, f"{number:,}", f"{100 * number / count(params):.1f} %"))
   return rows
 
 
 def streams(model: Network, streams: Sequence[Stream], batch_size: int) -> Rows:
-  """A row for each stream: what of the batch it gets, what the model sees, and what is scored."""
+  """Makes a row for each stream: its rows of the batch, what the model sees, what is scored."""
   size = period(streams, batch_size)
   rows = [("stream", "rows", "timesteps", "mask", "patches seen", "scored")]
   for s in streams:
     start, stop = stream_rows(s, size)
-    rows.append(
-      (
-        s.name,
-        f"{(stop - start) * batch_size // size} of {batch_size}",
-        s.timesteps,
-        f"{s.mask_ratio:g}",
-        f"{num_visible(s, model)} of {num_tokens(model)}",
-        " + ".join(f"{t.weight:g} {t.head} on {t.where}" for t in s.terms.values()),
-      )
-    )
+    terms = " + ".join(f"{t.weight:g} {t.head} on {t.where}" for t in s.terms.values())
+    share = f"{(stop - start) * batch_size // size} of {batch_size}"
+    seen = f"{num_visible(s, model)} of {num_tokens(model)}"
+    rows.append((s.name, share, s.timesteps, f"{s.mask_ratio:g}", seen, terms))
   return rows
 
 
-def operations(number: float) -> str:
-  """1.234e9 -> "1.23 GFLOP"."""
-  units = ["MFLOP", "GFLOP", "TFLOP", "PFLOP"]
-  number /= 1e6
-  while number >= 999.5 and len(units) > 1:
-    number, units = number / 1000, units[1:]
-  return f"{number:.3g} {units[0]}"
-
-
 def compute(parts: Parts, batch_size: int) -> list[str]:
-  """What a step of training takes, as lines: the model's products, and what encodes its images."""
+  """Says what a step of training takes: the model's products, and what encodes its images."""
   model, total = parts.model, parts.work.flops * parts.mesh.size
-  image = jax.ShapeDtypeStruct((1, *model.image_size), "float32")
+  image = lambda size: jax.ShapeDtypeStruct((1, *size), "float32")
   t = jax.ShapeDtypeStruct((1,), "int32")
-  evaluation = flops.count(functools.partial(predict, model), param_shapes(model), image, t)
+  network = functools.partial(predict, model)
+  evaluation = flops.count(network, param_shapes(model), image(model.image_size), t)
   lines = [
-    f"{operations(total)} a step, {operations(total / batch_size)} an image",
-    f"{operations(evaluation)} a step of a sampler and image",
+    f"{amount(total, 'FLOP')} a step, {amount(total / batch_size, 'FLOP')} an image",
+    f"{amount(evaluation, 'FLOP')} a step of a sampler and image",
   ]
   if parts.work.peak:
     seconds = parts.work.flops / parts.work.peak
     lines.append(f"{seconds:.3g} s a step at {parts.work.peak / 1e12:.0f} TFLOP/s a device")
   if isinstance(parts.codec, Latents) and stored(parts.source) is None:
     encoder = KLAutoEncoder(parts.codec.architecture)
-    image = jax.ShapeDtypeStruct((1, *parts.source.image_size), "float32")
     encode = lambda params, image: encoder.apply({"params": params}, image, method="encode")
-    encode = flops.count(encode, parts.codec.params, image)
-    lines.append(f"{operations(encode)} an image to encode it, which MFU does not count")
+    number = flops.count(encode, parts.codec.params, image(parts.source.image_size))
+    lines.append(f"{amount(number, 'FLOP')} an image to encode it, which MFU does not count")
   return lines
 
 
-NO_WORKDIR = "no --workdir: nothing that was trained is looked at"
+def times(every: int, steps: int) -> int:
+  """Counts how often happens what is done every `every` steps (0: never) and after the last."""
+  return -(-steps // every) if every else 1
+
+
+# How it is written.
+
+
+def amount(number: float, unit: str) -> str:
+  """Writes a number with three digits and a prefix: (1234567, "B") -> "1.23 MB"."""
+  power = 0
+  while number >= 999.5 and power < len(PREFIXES) - 1:
+    number, power = number / 1000, power + 1
+  return f"{number:.3g} {PREFIXES[power]}{unit}"
+
+
+def _by(sides: Sequence[int]) -> str:
+  return " x ".join(map(str, sides))
+
+
+def _settings(record, *without: str) -> str:
+  """Writes the fields of a record: "wd=0.05, beta1=0.9"."""
+  fields = records.to_dict(record).items()
+  return ", ".join(f"{name}={value}" for name, value in fields if name not in without)
+
+
+def _columns(rows: Rows) -> list[str]:
+  """Writes rows as lines, with columns as wide as they must be; numbers to the right."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  is_number = lambda cell: re.fullmatch(r"[\d.,]+( %)?", cell)
+  right = [all(map(is_number, column)) for column in zip(*rows[1:], strict=True)]
+  cells = lambda row: (
+    cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)
+  )
+  return ["  ".join(cells(row)).rstrip() for row in rows]
+
+
+def _often(every: int, steps: int) -> str:
+  number = times(every, steps)
+  after = "after the last step"
+  return after if not every or number == 1 else f"every {every:,} steps, {number} times"
 
 
 def describe(config: ConfigDict, workdir: str | None) -> str:
@@ -156,29 +167,34 @@ def describe(config: ConfigDict, workdir: str | None) -> str:
   """
   nowhere = os.path.join(tempfile.gettempdir(), f"none_{secrets.token_hex(8)}", "dry_run")
   place = workdir or nowhere
-  for remark in check.validate(config, place):
-    logs.printer("config")(remark)
-  plan = stages.stages(config, place)
+  plan = stages.plan(config, place)
   if workdir:
     folder.check_writable(workdir)
   else:
     _check_starts(plan)
-  told = []
+  lines = []
   for stage in stages.build(plan, place):
-    where = f"{stage.folder}, {_progress(stage)}" if workdir else NO_WORKDIR
-    told += [f"[{stage.name}] trainer {stage.config.trainer}", *_section("workdir", [where])]
-    told += [line for part in DESCRIBE[stage.config.trainer](stage, plan) for line in part] + [""]
-  return "\n".join([*told, "dry run: nothing was written"])
+    lines.append(f"[{stage.name}] trainer {stage.config.trainer}")
+    place_of = f"{stage.folder}, {_progress(stage)}"
+    where = place_of if workdir else "no --workdir: nothing that was trained is looked at"
+    for title, texts in [("workdir", [where]), *SECTIONS[stage.config.trainer](stage, plan)]:
+      titles = [title, *[""] * len(texts)]
+      lines += [f"  {head:11}  {text}" for head, text in zip(titles, texts, strict=False)]
+    lines.append("")
+  return "\n".join([*lines, "dry run: nothing was written"])
 
 
-def _check_starts(plan) -> None:
+def _check_starts(plan: Sequence[stages.StagePlan]) -> None:
   """Raises ValueError if a stage goes on from one that only a workdir can hold."""
-  names = [saved.STAGE + name for name, _, _ in plan]
+  names = [saved.STAGE + stage.name for stage in plan]
   for name, stage, _ in plan:
     if stage.init_from.startswith(saved.STAGE) and stage.init_from not in names:
       raise ValueError(
         f"{name}.init_from={stage.init_from!r} is a run in the workdir. Give --workdir, too."
       )
+
+
+# The sections of a stage.
 
 
 def _progress(stage: stages.Built) -> str:
@@ -189,201 +205,158 @@ def _progress(stage: stages.Built) -> str:
   return f"goes on from step {steps[0]}" if steps else "new"
 
 
-def _section(title: str, lines: Sequence[str]) -> list[str]:
-  return [f"  {title if not i else '':11}  {line}" for i, line in enumerate(lines)]
-
-
-def _by(sides: Sequence[int]) -> str:
-  return " x ".join(map(str, sides))
-
-
-def _columns(rows: Rows) -> list[str]:
-  """Rows as lines, with columns as wide as they must be; numbers to the right."""
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  is_number = lambda cell: re.fullmatch(r"[\d.,]+( %)?", cell)
-  right = [all(map(is_number, column)) for column in zip(*rows[1:], strict=True)]
-  cells = lambda row: (
-    cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)
-  )
-  return ["  ".join(cells(row)).rstrip() for row in rows]
-
-
-def times(every: int, steps: int) -> int:
-  """How often happens what is done every `every` steps (0: never) and after the last."""
-  return -(-steps // every) if every else 1
-
-
-def _often(every: int, steps: int) -> str:
-  number = times(every, steps)
-  after = "after the last step"
-  return after if not every or number == 1 else f"every {every:,} steps, {number} times"
-
-
-def _devices(mesh, batches: Mapping[str, int]) -> list[str]:
-  device, processes = mesh.devices.flat[0], jax.process_count()
-  lines = [
-    f"{mesh.size} x {device.device_kind}, {processes} process{'es' * (processes > 1)}; mesh "
-    f"{dict(mesh.shape)}"
-  ]
+def _devices(mesh, **batches: int) -> Section:
+  processes = jax.process_count()
+  of_processes = f"{processes} process" + "es" * (processes > 1)
+  kind = mesh.devices.flat[0].device_kind
+  lines = [f"{mesh.size} x {kind}, {of_processes}; mesh {dict(mesh.shape)}"]
   lines += [f"{key}={n}: {n // mesh.size} rows on each device" for key, n in batches.items()]
-  return _section("devices", lines)
+  return "devices", lines
 
 
-def _data(title: str, source: data.Source) -> list[str]:
+def _data(title: str, source: data.Source) -> Section:
   classes = f"{source.num_classes} classes" if source.num_classes else "no labels"
-  return _section(
-    title,
-    [
-      f"{source.name}: {len(source):,} images, {_by(source.image_size)}, {classes}",
-      source.pp or "no preprocessing",
-    ],
-  )
+  size = _by(source.image_size)
+  lines = [f"{source.name}: {len(source):,} images, {size}, {classes}"]
+  return title, [*lines, source.pp or "no preprocessing"]
 
 
-def _length(config: ConfigDict, steps: int, images: int) -> list[str]:
-  epochs = steps * config.batch_size / images
-  return _section("length", [f"{steps:,} steps of {config.batch_size} images, {epochs:.4g} epochs"])
+def _start(stage: stages.Built, plan: Sequence[stages.StagePlan]) -> Section:
+  """Says where the weights come from."""
+  if not stage.init_from:
+    return "starts from", ["random weights"]
+  earlier = {where: f"the stage {name!r} of this command" for name, _, where in plan}
+  source = earlier.get(stage.init_from, f"the run in {stage.init_from}")
+  fresh = ", ".join(getattr(stage.config, "init_fresh", ()))
+  but = f"; afresh: {fresh}" if fresh else ""
+  return "starts from", [f"{source}, {stage.config.init_weights} weights{but}"]
 
 
-def _attributes(model: Network) -> dict:
-  """The attributes of a network beside those of the protocol."""
-  names = [field.name for field in dataclasses.fields(model)]
-  known = {*Network.__annotations__, "parent", "name"}
-  return {name: getattr(model, name) for name in names if name not in known}
-
-
-def _model(model: Network, params: Mapping) -> list[str]:
+def _model(model: Network, params: Mapping) -> Section:
+  attributes = {
+    field.name: getattr(model, field.name)
+    for field in dataclasses.fields(model)
+    if field.name not in ("parent", "name", "image_size", "heads")
+  }
   lines = [
     f"{type(model).__name__}: {_by(model.image_size)} in {num_tokens(model)} patches of "
     f"{model.patch} x {model.patch}; heads {', '.join(model.heads)}",
-    ", ".join(f"{name}={value}" for name, value in _attributes(model).items()),
-    *_columns(parts(model, params)),
+    ", ".join(f"{name}={value}" for name, value in attributes.items()),
+    *_columns(parts(params)),
     f"{count(params) / 1e6:.2f}M parameters",
   ]
-  return _section("model", lines)
+  return "model", lines
 
 
-def _memory(state: TrainState, config: ConfigDict, mesh) -> list[str]:
-  parts = dict(parameters=state.params, average=state.ema_params, optimiser=state.opt_state)
-  each = ", ".join(f"{name} {text(nbytes(tree))}" for name, tree in parts.items())
-  on_one, shares = text(nbytes_of_device(state, mesh)), mesh.devices.shape[-1]
-  lines = [
-    f"{text(nbytes(state))}: {each}",
-    f"{on_one} of it on each device (fsdp={config.fsdp}: {shares} of {mesh.size} share one copy); "
+def _memory(state: TrainState, fsdp: int, mesh) -> Section:
+  trees = {"parameters": state.params, "average": state.ema_params, "optimiser": state.opt_state}
+  each = ", ".join(f"{name} {amount(nbytes(tree), 'B')}" for name, tree in trees.items())
+  on_one, shares = amount(nbytes_of_device(state, mesh), "B"), mesh.devices.shape[-1]
+  return "state", [
+    f"{amount(nbytes(state), 'B')}: {each}",
+    f"{on_one} of it on each device (fsdp={fsdp}: {shares} of {mesh.size} share one copy); "
     "gradients and activations come on top",
   ]
-  return _section("state", lines)
 
 
-def _optimiser(config: ConfigDict, steps: int) -> list[str]:
-  o = config.optim
+def _length(config: records.Steps, steps: int, images: int) -> Section:
+  epochs = steps * config.batch_size / images
+  return "length", [f"{steps:,} steps of {config.batch_size} images, {epochs:.4g} epochs"]
+
+
+def _optimiser(config: records.Diffusion, steps: int) -> Section:
+  warmup = int(config.optim.warmup * steps)
   lines = [
-    f"AdamW, learning rate 0 to {o.lr:g} in {int(o.warmup * steps):,} steps, then cosine to 0",
-    f"wd={o.wd:g}, beta1={o.beta1:g}, beta2={o.beta2:g}, clip_norm={o.clip_norm:g}, "
-    f"mu_dtype={o.mu_dtype}; ema_decay={config.ema_decay:g}",
+    f"AdamW, learning rate 0 to {config.optim.lr:g} in {warmup:,} steps, then cosine to 0",
+    f"{_settings(config.optim, 'lr', 'warmup')}; ema_decay={config.ema_decay:g}",
   ]
   if config.use_labels:
     lines.append(f"labels are shown, {100 * config.label_drop_prob:g} % of them dropped")
-  return _section("optimiser", lines)
+  return "optimiser", lines
 
 
-def _spec(spec: Mapping | str) -> str:
-  return spec if isinstance(spec, str) else f"{spec['name']}:{spec['split']}"
+def _evaluations(evals: Mapping[str, Mapping], steps: int | None) -> Iterator[Section]:
+  """Says what is evaluated, how often (once if `steps` is None) and on what; how samples are drawn.
 
-
-def _looks_at(settings: Mapping) -> str:
-  given = [f"{k} {_spec(settings[k])}" for k in ("data", "train", "test") if settings.get(k)]
-  if number := settings.get("num"):
-    given.insert(0, f"{number:,} {'samples' if 'sampling' in settings else 'images'}")
-  return "; ".join(given)
-
-
-def _evaluations(evals: Mapping[str, Mapping], steps: int | None) -> list[str]:
-  """What is evaluated, how often (once if `steps` is None) and on what; how samples are drawn."""
+  Args:
+    evals: {name: settings}, as dicts.
+    steps: of the run.
+  """
   rows, samples = [("name", "type", "when", "on")], []
+  spec = lambda value: value if isinstance(value, str) else f"{value['name']}:{value['split']}"
   for name, settings in evals.items():
     when = "once" if steps is None else _often(settings["every"], steps)
-    rows.append((name, settings["type"], when, _looks_at(settings)))
-    if "sampling" in settings:
-      order = lambda key: (key != "sampler", key != "steps", key)
-      how = ", ".join(
-        f"{k}={settings['sampling'][k]}" for k in sorted(settings["sampling"], key=order)
-      )
-      judge = settings.get("features", "classifier")
-      reference = f", against {_spec(settings['reference'])}" if settings.get("reference") else ""
-      samples.append(f"{name}: {how}; judged by {judge}{reference}")
-  lines = _section("evaluation", _columns(rows) if evals else ["none"])
-  return lines + _section("samples", samples)
+    looks_at = [f"{k} {spec(settings[k])}" for k in ("data", "train", "test") if settings.get(k)]
+    if number := settings.get("num"):
+      looks_at.insert(0, f"{number:,} {'samples' if 'sampling' in settings else 'images'}")
+    rows.append((name, settings["type"], when, "; ".join(looks_at)))
+    if sampling := settings.get("sampling"):
+      drawn = ", ".join(f"{key}={value}" for key, value in sampling.items())
+      reference = settings["reference"] and f", against {spec(settings['reference'])}"
+      samples.append(f"{name}: {drawn}; judged by {settings['features']}{reference or ''}")
+  yield "evaluation", _columns(rows) if evals else ["none"]
+  if samples:
+    yield "samples", samples
 
 
-def _checkpoints(config: ConfigDict, steps: int, size: int) -> list[str]:
-  c = config.checkpoint
-  if not c.every:
-    return _section("checkpoints", ["none: nothing can be resumed or started from"])
-  kept = f"the newest {c.keep}" + f", every {c.keep_every:,} steps" * bool(c.keep_every)
-  kept += f", the best by {c.best}" * bool(c.best)
-  return _section("checkpoints", [f"{_often(c.every, steps)}; kept: {kept}; {text(size)} each"])
+def _checkpoints(saving: records.Saving, steps: int, size: int) -> Section:
+  if not saving.every:
+    return "checkpoints", ["none: nothing can be resumed or started from"]
+  kept = f"the newest {saving.keep}"
+  kept += f", every {saving.keep_every:,} steps" if saving.keep_every else ""
+  kept += f", the best by {saving.best}" if saving.best else ""
+  often = _often(saving.every, steps)
+  return "checkpoints", [f"{often}; kept: {kept}; {amount(size, 'B')} each"]
 
 
-def _start(stage: stages.Built, plan) -> list[str]:
-  """Where the weights come from."""
-  if not stage.init_from:
-    return _section("starts from", ["random weights"])
-  earlier = {where: name for name, _, where in plan}
-  if stage.init_from in earlier:
-    source = f"the stage {earlier[stage.init_from]!r} of this command"
-  else:
-    source = f"the run in {stage.init_from}"
-  fresh = ", ".join(stage.config.get("init_fresh", ()))
-  but = f"; afresh: {fresh}" if fresh else ""
-  return _section("starts from", [f"{source}, {stage.config.init_weights} weights{but}"])
-
-
-def _latents(settings: Mapping, parts) -> str:
-  seen, weights = parts.model.image_size, parts.codec.params
-  return (
-    f"{_by(seen)} of images of {_by(parts.codec.pixel_size(seen))}; VAE {settings['vae']}, SHA-256 "
-    f"{parts.codec.sha256[:12]}, {text(nbytes(weights))} on each device, frozen"
+def _latents(config: records.LatentSpace, parts: Parts) -> Section:
+  seen, weights = parts.model.image_size, amount(nbytes(parts.codec.params), "B")
+  line = (
+    f"{_by(seen)} of images of {_by(parts.codec.pixel_size(seen))}; VAE {config.vae}, SHA-256 "
+    f"{parts.codec.sha256[:12]}, {weights} on each device, frozen"
   )
+  return "latents", [line]
 
 
-def _diffusion(stage: stages.Built, plan) -> Iterator[list[str]]:
-  config, parts = stage.config, stage.parts
-  state, batch = state_sizes(parts), config.batch_size
-  yield _devices(parts.mesh, dict(batch_size=batch, eval_batch_size=config.eval_batch_size))
+# The sections of each trainer, in order.
+
+
+def _diffusion(stage: stages.Built, plan: Sequence[stages.StagePlan]) -> Iterator[Section]:
+  config, parts, state = stage.config, stage.parts, state_sizes(stage.parts)
+  batch, eval_batch = config.batch_size, config.eval_batch_size
+  yield _devices(parts.mesh, batch_size=batch, eval_batch_size=eval_batch)
   yield _data("data", parts.source)
   if config.latents:
-    yield _section("latents", [_latents(config.latents, parts)])
+    yield _latents(config.latents, parts)
   yield _start(stage, plan)
   yield _model(parts.model, state.params)
-  yield _memory(state, config, parts.mesh)
-  yield _section("streams", _columns(streams(parts.model, parts.streams, batch)))
-  yield _section("compute", compute(parts, batch))
+  yield _memory(state, config.fsdp, parts.mesh)
+  yield "streams", _columns(streams(parts.model, parts.streams, batch))
+  yield "compute", compute(parts, batch)
   yield _length(config, parts.steps, len(parts.source))
   yield _optimiser(config, parts.steps)
-  yield _evaluations(config.evals.to_dict(), parts.steps)
-  yield _checkpoints(config, parts.steps, nbytes(state))
+  yield from _evaluations(records.to_dict(config.evals), parts.steps)
+  yield _checkpoints(config.checkpoint, parts.steps, nbytes(state))
 
 
-def _evaluate(stage: stages.Built, plan) -> Iterator[list[str]]:
-  config, evals = stage.config, stage.config.evals.to_dict()
-  yield _devices(make_mesh(), dict(eval_batch_size=config.eval_batch_size))
+def _evaluate(stage: stages.Built, plan: Sequence[stages.StagePlan]) -> Iterator[Section]:
+  evals = records.to_dict(stage.config.evals)
+  yield _devices(make_mesh(), eval_batch_size=stage.config.eval_batch_size)
   yield _start(stage, plan)
   if stage.parts:
     run = stage.parts[0]
-    evals = evaluate.settings(config, run)
+    evals = evaluate.settings(stage.config, run)
     yield _model(run.model, checkpoint.param_shapes(run.folder))
-  yield _evaluations(evals, None)
+  yield from _evaluations(evals, None)
 
 
-def _linear_probe(stage: stages.Built, plan) -> Iterator[list[str]]:
+def _linear_probe(stage: stages.Built, plan: Sequence[stages.StagePlan]) -> Iterator[Section]:
   config, parts = stage.config, stage.parts
-  batches = dict(batch_size=config.batch_size, eval_batch_size=config.eval_batch_size)
-  heads = f"{len(config.lrs)} learning rates x timesteps {tuple(config.timesteps)}, a head each"
-  yield _devices(make_mesh(), batches)
+  heads = f"{len(config.lrs)} learning rates x timesteps {config.timesteps}, a head each"
+  yield _devices(make_mesh(), batch_size=config.batch_size, eval_batch_size=config.eval_batch_size)
   yield _start(stage, plan)
   if parts is None:
-    yield _section("heads", [f"{heads}; the rest follows from the run"])
+    yield "heads", [f"{heads}; the rest follows from the run"]
     return
   width, classes = feature_widths(parts.run.model)["class"], parts.train.num_classes
   states = jax.eval_shape(linear_probe.init_heads(config, width, classes), jax.random.key(0))
@@ -391,30 +364,27 @@ def _linear_probe(stage: stages.Built, plan) -> Iterator[list[str]]:
   yield _data("data", parts.train)
   for name, source in parts.held_out.items():
     yield _data(name, source)
-  yield _section("heads", [f"{heads}: {width} x {classes}; {text(nbytes(states))}"])
+  yield "heads", [f"{heads}: {width} x {classes}; {amount(nbytes(states), 'B')}"]
   yield _length(config, parts.steps, len(parts.train))
-  rates = ", ".join(f"{lr:g}" for lr in config.lrs)
-  warmup = int(config.warmup * parts.steps)
-  yield _section(
-    "optimiser",
-    [f"LARS, learning rates 0 to {rates} in {warmup:,} steps, then cosine to 0; wd={config.wd:g}"],
-  )
-  yield _section("evaluation", [f"on select and test, {_often(config.eval_every, parts.steps)}"])
-  yield _checkpoints(config, parts.steps, nbytes(states))
+  rates, warmup = ", ".join(f"{lr:g}" for lr in config.lrs), int(config.warmup * parts.steps)
+  rates = f"learning rates 0 to {rates} in {warmup:,} steps"
+  yield "optimiser", [f"LARS, {rates}, then cosine to 0; wd={config.wd:g}"]
+  yield "evaluation", [f"on select and test, {_often(config.eval_every, parts.steps)}"]
+  yield _checkpoints(config.checkpoint, parts.steps, nbytes(states))
 
 
-def _kl_vae(stage: stages.Built, plan) -> Iterator[list[str]]:
+def _kl_vae(stage: stages.Built, plan: Sequence[stages.StagePlan]) -> Iterator[Section]:
   config, parts = stage.config, stage.parts
   params = jax.eval_shape(kl_vae.init_params(parts.model), jax.random.key(0))
-  yield _devices(parts.mesh, dict(batch_size=config.batch_size))
+  yield _devices(parts.mesh, batch_size=config.batch_size)
   yield _data("data", parts.source)
   yield _data("test", parts.test)
-  yield _section("model", [kl_vae.describe(params, parts.model, parts.source.image_size)])
+  yield "model", [kl_vae.describe(params, parts.model, parts.source.image_size)]
   yield _length(config, parts.steps, len(parts.source))
-  yield _section("evaluation", [f"on test, {_often(config.eval_every, parts.steps)}"])
+  yield "evaluation", [f"on test, {_often(config.eval_every, parts.steps)}"]
 
 
-DESCRIBE = {
+SECTIONS = {
   "diffusion": _diffusion,
   "evaluate": _evaluate,
   "linear_probe": _linear_probe,
