@@ -163,7 +163,22 @@ def network(name: str) -> type:
 PATH = OneOf(
   "name", {name: arguments(name, path, name=(str, setting())) for name, path in PATHS.items()}
 )
-NETWORK = OneOf("name", {name: network(name) for name in MODELS})
+
+
+class Networks(Mapping):
+  """The records of all networks, made when they are asked for: a test may add one."""
+
+  def __getitem__(self, name):
+    return network(name)
+
+  def __iter__(self):
+    return iter(MODELS)
+
+  def __len__(self):
+    return len(MODELS)
+
+
+NETWORK = OneOf("name", Networks())
 TERM = arguments("TermSettings", Term, weight=(float, setting(within=NATURAL, default=1.0)))
 STREAM = arguments(
   "StreamSettings",
