@@ -57,13 +57,14 @@ def make_steps(args: argparse.Namespace, mesh) -> dict:
   """The trainer's step, a function that makes a state, and a batch of either kind."""
   codec = random_codec(mesh, args.size, args.dtype, args.chunk)
   arguments = f"variant={args.variant},size={args.size},batch_size={args.batch_size}"
-  config = ae_i1k.get_config(f"{arguments},latent_diffusion=True,dtype={args.dtype}").pretrain
+  arguments += f",latent_diffusion=True,dtype={args.dtype}"
+  config = ae_i1k.get_config(arguments).pretrain.to_dict()
   image_size = (args.size, args.size, 3)
   seen = codec.model_size(image_size)
-  model = models.make(image_size=seen, **saved.network_settings(config.model.to_dict()))
+  model = models.make(image_size=seen, **saved.network_settings(config["model"]))
   streams, path = (
-    objectives.make_streams(config.streams.to_dict()),
-    make_path(**config.path.to_dict()),
+    objectives.make_streams(config["streams"]),
+    make_path(**config["path"]),
   )
   loss, tx = Objective(model, path, streams, args.batch_size), optax.adamw(1e-4)
   init = functools.partial(network.init_params, model)

@@ -152,12 +152,13 @@ OF_NETWORKS = {
 }
 
 
-def network(name: str) -> type:
+@functools.cache
+def network(name: str, make: type) -> type:
   """Makes the record of a network: its name, and the attributes that do not follow from the data."""
-  attributes = {field.name for field in dataclasses.fields(MODELS[name])}
+  attributes = {field.name for field in dataclasses.fields(make)}
   more = {key: what for key, what in OF_NETWORKS.items() if key in attributes}
   fixed = ("image_size", "num_classes")
-  return arguments(name, MODELS[name], fixed, name=(str, setting()), **more)
+  return arguments(name, make, fixed, name=(str, setting()), **more)
 
 
 PATH = OneOf(
@@ -169,7 +170,7 @@ class Networks(Mapping):
   """The records of all networks, made when they are asked for: a test may add one."""
 
   def __getitem__(self, name):
-    return network(name)
+    return network(name, MODELS[name])
 
   def __iter__(self):
     return iter(MODELS)
