@@ -88,7 +88,8 @@ class Pretrained:
 
   def __repr__(self) -> str:
     size = " x ".join(map(str, self.image_size))
-    what = f"{self._model.variant}, {size} px, {self.num_classes} classes"
+    network = self.description.model.get("variant", self.description.model["name"])
+    what = f"{network}, {size} px, {self.num_classes} classes"
     return f"<{what}; {self.folder}, step {self.step}, {self.weights} weights>"
 
   @functools.cached_property

@@ -399,12 +399,14 @@ def check_expected(run: TrainedRun, expected: Mapping) -> None:
     run: see `open_run`.
     expected: any of variant, size, adaln, latent_diffusion, width.
   """
+  about = run.description
+  adaln = {"adaln": "true", "adaln_shared": "shared", "token": "false"}
   actual = {
-    "variant": run.model.variant,
-    "size": run.model.image_size[0] * run.description.pixels_per_place,
-    "adaln": {"adaln": "true", "adaln_shared": "shared", "token": "false"}[run.model.condition],
-    "latent_diffusion": bool(run.description.latents),
-    "width": feature_widths(run.model)["class"],
+    "variant": about.model.get("variant"),
+    "size": run.model.image_size[0] * about.pixels_per_place,
+    "adaln": adaln.get(about.model.get("condition")),
+    "latent_diffusion": bool(about.latents),
+    "width": feature_widths(run.model).get("class"),
   }
   wrong = [f"{k}={v!r}, there {actual[k]!r}" for k, v in expected.items() if actual[k] != v]
   if wrong:
