@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import harness
@@ -34,7 +33,7 @@ from umd.models.autoencoder import AutoEncoder
 from umd.models.network import param_shapes
 from umd.objectives import Objective
 from umd.paths import make_path
-from umd.state import Step, TrainState, init_guard, make_train_step
+from umd.state import Step, TrainState, make_train_step, state_shapes
 
 # name: variant, side of the images in pixels, batch.
 CASES = {
@@ -77,15 +76,15 @@ class Candidate(NamedTuple):
 
 
 def random_state(model: AutoEncoder, tx) -> TrainState:
-  """A state with weights from NumPy, the same for every variant: compiling `init` takes longer."""
+  """Draws weights with NumPy, the same for every variant; compiling `init` would take longer."""
   shapes = param_shapes(model)
   rng = np.random.default_rng(0)
   draw = lambda path, x: 0.02 * rng.standard_normal(x.shape) + (path[-1].key == "scale")
   draw32 = lambda path, x: draw(path, x).astype(np.float32)
   params = jax.tree_util.tree_map_with_path(draw32, shapes)
-  make = lambda p: TrainState(jnp.int32(0), p, p, tx.init(p), init_guard())
-  zeros = lambda x: np.zeros(x.shape, x.dtype)
-  return jax.tree.map(zeros, jax.eval_shape(make, params)).replace(params=params, ema_params=params)
+  state = state_shapes(lambda key: params, tx)
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
+  return zeros.replace(params=params, ema_params=params)
 
 
 def parts(case: str, method: str, dtype: str, variant: str) -> tuple[Step, TrainState, dict, float]:

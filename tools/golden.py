@@ -1,6 +1,6 @@
-"""Golden run: the first steps of every method on a tiny model, kept to notice changed numbers.
+"""Trains the first steps of every method on a tiny model, to notice numbers that have changed.
 
-bash run.sh tools.golden            compares with tests/golden/losses.json
+bash run.sh tools.golden            compares them with tests/golden/losses.json
 bash run.sh tools.golden --write    accepts the numbers of now
 """
 
@@ -34,8 +34,8 @@ ACCEPT = (
   "bash run.sh tools.golden --write"
 )
 STEPS = 20
-# Arguments of the quick start's pre-training, and whether it is shown labels: between them they
-# reach AdaLN and the conditioning token, labels that are dropped, and loops over layers.
+# {method: (arguments of the quick start's pre-training, whether it is shown labels)}. Between them
+# they reach AdaLN and the conditioning token, labels that are dropped, and loops over layers.
 SMALL = f"variant=nano/2,batch_size=32,steps={STEPS}"
 RUNS = {
   "mae": ("adaln=false", False),
@@ -43,14 +43,14 @@ RUNS = {
   "dit": ("adaln=false", True),
   "maskdit": ("adaln=true,scan=true", True),
 }
-# How far numbers may be off, relative to the largest of their series. One or four devices, SSE4.2,
-# AVX2 or AVX-512 and XLA's optimisation level 0 or its default differ by 3e-7 at most here.
+# The error that is allowed, relative to the largest number of a series. One or four devices, SSE4.2,
+# AVX2 or AVX-512, and XLA's optimisation level 0 or its default differ by 3e-7 at most here.
 RTOL = 1e-4
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def train(method: str) -> dict[str, list[float]]:
-  """Metrics of each of the STEPS steps, and of the last how far the average is behind."""
+  """Returns the metrics of each of the STEPS steps, and how far the average is behind at the end."""
   arguments, labels = RUNS[method]
   config = quickstart.get_config(f"method={method},{arguments},{SMALL}").pretrain
   config.evals, config.use_labels, config.label_drop_prob = {}, labels, 0.2 * labels
@@ -73,42 +73,46 @@ def train(method: str) -> dict[str, list[float]]:
   return {**series, "average_behind": [float(behind)]}
 
 
-def compare(method: str, found: Mapping, expected: Mapping, rtol: float = RTOL) -> list[str]:
-  """What differs, a line for each series, at its first step that differs."""
-  if found.keys() != expected.keys():
-    gone, new = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+def relative_errors(now: list[float], golden: list[float]) -> np.ndarray:
+  """Returns the error of each number of a series, relative to the largest golden one."""
+  return np.abs(np.subtract(now, golden)) / np.abs(golden).max()
+
+
+def compare(method: str, now: Mapping, golden: Mapping, rtol: float = RTOL) -> list[str]:
+  """Returns a line for each series that differs, about the first step at which it does."""
+  if now.keys() != golden.keys():
+    gone, new = sorted(golden.keys() - now.keys()), sorted(now.keys() - golden.keys())
     return [f"{method}: metrics {gone} are gone, {new} are new"]
   lines = []
-  for name, golden in expected.items():
-    now, golden = np.array(found[name]), np.array(golden)
-    off = np.abs(now - golden) / np.abs(golden).max()
-    wrong = np.flatnonzero(~(off <= rtol))
+  for name, series in golden.items():
+    error = relative_errors(now[name], series)
+    wrong = np.flatnonzero(~(error <= rtol))  # NaN is wrong, too.
     if wrong.size:
       i = wrong[0]
       lines.append(
-        f"{method}: {name} of step {i + 1} was {golden[i]:.7g}, is {now[i]:.7g}: off by "
-        f"{off[i]:.1e} (of {rtol:.0e} allowed), at most by {np.nanmax(off):.1e}"
+        f"{method}: {name} of step {i + 1} was {series[i]:.7g}, is {now[name][i]:.7g}: off by "
+        f"{error[i]:.1e} (of {rtol:.0e} allowed), at most by {np.nanmax(error):.1e}"
       )
   return lines
 
 
 def read() -> dict:
-  """The golden numbers, {"environment": {...}, "runs": {method: {metric: [values]}}}."""
+  """Reads the golden numbers, {"environment": {...}, "runs": {method: {metric: [values]}}}."""
   if not FILE.exists():
     raise FileNotFoundError(f"{FILE} is missing. Write it: bash run.sh tools.golden --write")
   return json.loads(FILE.read_text(encoding="utf-8"))
 
 
 def _processor() -> str:
-  """The vector instructions that this machine has; they decide how sums are rounded."""
+  """Names the machine's vector instructions, which decide how sums are rounded."""
   info = Path("/proc/cpuinfo")
-  words = set(info.read_text(encoding="utf-8").split()) if info.exists() else set()
-  found = " ".join(w for w in ("avx", "avx2", "fma", "avx512f", "amx_tile") if w in words)
-  return f"{platform.machine()} {found}".strip()
+  flags = set(info.read_text(encoding="utf-8").split()) if info.exists() else set()
+  known = [name for name in ("avx", "avx2", "fma", "avx512f", "amx_tile") if name in flags]
+  return " ".join([platform.machine(), *known])
 
 
 def environment() -> dict:
-  """What may make the same program give other numbers."""
+  """Returns what may make the same program give other numbers."""
   return {
     "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     "python": platform.python_version(),
@@ -131,14 +135,10 @@ def main(argv: list[str]) -> None:
     print(FILE)
     return
   golden = read()
-  for method, found in runs.items():
+  for method, now in runs.items():
     series = golden["runs"].get(method, {})
-    shared = found.keys() & series.keys()
-    off = max(
-      (np.abs(np.subtract(found[k], series[k])).max() / np.abs(series[k]).max() for k in shared),
-      default=np.nan,
-    )
-    print(f"{method}: off by at most {off:.1e}, {RTOL:.0e} allowed")
+    errors = [relative_errors(now[k], series[k]).max() for k in now.keys() & series.keys()]
+    print(f"{method}: off by at most {max(errors, default=np.nan):.1e}, {RTOL:.0e} allowed")
   wrong = [line for m in RUNS for line in compare(m, runs[m], golden["runs"].get(m, {}))]
   if wrong:
     sys.exit(

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -66,8 +66,8 @@ class Parts(NamedTuple):
   objective: Objective
   schedule: Callable
   tx: optax.GradientTransformation
-  work: writers.Work
-  evaluators: list[evaluators.Scheduled]
+  work: writers.Work = writers.Work()
+  evaluators: Sequence[evaluators.Scheduled] = ()
 
   @property
   def model(self) -> Network:
@@ -116,13 +116,13 @@ def prepare(config: Diffusion, workdir: str, cache: str, init_from: str = "") ->
     codec=codec,
   )
   scheduled = evaluators.from_config(to_dict(config.evals), context)
-  return parts._replace(evaluators=scheduled)
+  return parts._replace(work=count_work(parts.objective, mesh), evaluators=scheduled)
 
 
 def assemble(
   config: Diffusion, mesh: Mesh, source: data.Source, codec: Codec, image_size: tuple[int, int, int]
 ) -> Parts:
-  """Builds network, objective and optimiser; no evaluators yet.
+  """Builds network, objective and optimiser: all that a step needs.
 
   Args:
     config: a stage, see `trainers.config.records`.
@@ -148,8 +148,7 @@ def assemble(
   sharding.check_accumulates(config.accumulate, config.batch_size, objective.period, mesh)
   steps = loop.count_steps(config, len(source))
   schedule, tx = optim.from_config(config.optim, steps)
-  work = count_work(objective, mesh)
-  return Parts(mesh, source, codec, steps, objective, schedule, tx, work, evaluators=[])
+  return Parts(mesh, source, codec, steps, objective, schedule, tx)
 
 
 def make_model(

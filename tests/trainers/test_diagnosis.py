@@ -49,17 +49,18 @@ def method(nano):
   return Objective(model, make_path("cosine", 10), STREAMS, BATCH), params
 
 
-@pytest.fixture(params=[(1, 1), (4, 4)], ids=["one device", "four, split"])
-def planted(request, method):
-  """`planted(leaf, change, rows) -> verdict`, with one parameter changed or images spoilt."""
+@pytest.fixture
+def planted(method):
+  """`planted(leaf, change, rows, devices) -> verdict`: a parameter changed or images spoilt."""
   loss, params = method
 
-  def run(at="", change=None, rows=()):
+  def run(at="", change=None, rows=(), devices=4):
     def plant(path, leaf):
       name = jax.tree_util.keystr(path, simple=True, separator="/")
       return change(np.array(leaf)) if name == at else leaf
 
-    return verdict(loss, jax.tree_util.tree_map_with_path(plant, params), *request.param, rows)
+    changed = jax.tree_util.tree_map_with_path(plant, params)
+    return verdict(loss, changed, devices, devices, rows)  # Each device keeps a part.
 
   return run
 
@@ -91,21 +92,28 @@ def test_images_are_named_by_their_rows(planted):
 
 
 @pytest.mark.parametrize(
-  ("leaf", "change", "first"),
+  ("devices", "leaf", "change", "first"),
   [
-    ("encoder/blocks/mlp/out/kernel", layer(1, 1e38), "stream 'clean': encoder/blocks/1/mlp/out."),
+    (
+      4,
+      "encoder/blocks/mlp/out/kernel",
+      layer(1, 1e38),
+      "stream 'clean': encoder/blocks/1/mlp/out.",
+    ),
     # Logits are computed by the attention itself, and what comes of them enters its last part.
     (
+      1,
       "encoder/blocks/attention/qkv_kernel",
       layer(0, 1e30),
       "stream 'clean': encoder/blocks/0/attention, before encoder/blocks/0/attention/out.",
     ),
-    ("mask_token", lambda x: x * 1e30, "all streams: decoder/blocks/0/norm1/norm."),
-    ("label_embed/table/embedding", huge_first_row, "all streams: label_embed/trunk/hidden."),
+    (1, "mask_token", lambda x: x * 1e30, "all streams: decoder/blocks/0/norm1/norm."),
+    (1, "label_embed/table/embedding", huge_first_row, "all streams: label_embed/trunk/hidden."),
   ],
 )
-def test_an_overflow_is_named_by_the_layer_that_makes_it(planted, leaf, change, first):
-  assert planted(leaf, change) == f"activations not finite, the first in {first}"
+def test_an_overflow_is_named_by_the_layer_that_makes_it(planted, devices, leaf, change, first):
+  expected = f"activations not finite, the first in {first}"
+  assert planted(leaf, change, devices=devices) == expected
 
 
 def test_watching_changes_no_number(method):

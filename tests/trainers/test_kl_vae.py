@@ -97,11 +97,6 @@ def test_every_latent_of_every_example_and_step_has_noise_of_its_own():
   np.testing.assert_array_equal(few, noise[0][:5])
 
 
-def test_an_unknown_error_is_told_with_the_known_ones():
-  with pytest.raises(ValueError, match=r"objective.error='lpips' is not one of \['l1', 'l2'\]"):
-    kl_vae.KLObjective(Known(), error="lpips", kl_weight=0.0)
-
-
 # A run.
 
 
@@ -274,12 +269,8 @@ def test_another_config_in_the_same_workdir_is_refused(finished):
   "overrides, told",
   [
     ({"batch_size": 30}, "batch_size=30 must be a positive multiple of the 4 devices"),
-    ({"eval_batch_size": 30}, "eval_batch_size=30 must be a positive multiple of the 4 devices"),
     ({"data.pp": "resize(9)", "test.pp": "resize(9)"}, "2 x 2 px, which does not divide .* 9 x 9"),
     ({"test.pp": "resize(16)"}, r"test: .* images of \(16, 16, 1\), data: .* of \(8, 8, 1\)"),
-    ({"data.name": "cats"}, "data.name='cats' is not one of"),
-    ({"optim.warmup": 5.0}, "warmup=5.0 must be"),
-    ({"epochs": 3.0}, f"steps={STEPS} and epochs=3.0: give one"),
     ({"eval_num": -1}, "eval_num=-1 must be"),
     ({"init_from": "runs/other"}, "init_from='runs/other'.* starts from nothing"),
     ({"objective.error": "lpips"}, "objective.error='lpips' .* among|is not one of"),
@@ -294,20 +285,6 @@ def test_bad_settings_are_errors_before_anything_is_written(tmp_path, overrides,
   with pytest.raises(ValueError, match=told):
     stages.run(config, str(tmp_path / "run"))
   assert not os.listdir(tmp_path)
-
-
-@pytest.mark.parametrize(
-  "arguments, told",
-  [
-    ("dataset=flowers", "dataset='flowers' .* give train_split= and test_split= too"),
-    ("widths=32+x", "widths='x' must be of type int"),
-    ("evaluations=0", "evaluations=0 must be at least 1"),
-    ("steps=0", "steps=0 must be at least 1"),
-  ],
-)
-def test_bad_arguments_are_errors(arguments, told):
-  with pytest.raises(ValueError, match=told):
-    vae_tiny.get_config(arguments)
 
 
 def test_arguments_reach_the_config():

@@ -1,6 +1,5 @@
 """Starting from other weights: what is taken, what is fresh, and position embeddings resized."""
 
-import os
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,6 @@ from umd.runs.checkpoint import Checkpoints
 from umd.state import TrainState, init_state
 from umd.trained import saved, transfer
 from umd.trained.transfer import adopt, check, leaves, resample
-
-ROWS, COLUMNS = np.meshgrid(np.arange(8.0), np.arange(6.0), indexing="ij")
 
 
 def filled(value, **shapes):
@@ -78,7 +75,6 @@ def test_adopted_parameters_average_and_source_share_no_memory():
     (filled(0.0, body=(2, 4), head=(3,)), ["body/kernel", "(2, 3)", "(2, 4)"]),
     (filled(0.0, body=(2, 3)), ["head/kernel", "(3,)", "absent"]),
     (filled(0.0, body=(2, 3), head=(3,), more=(9,)), ["more/kernel", "(9,)", "absent"]),
-    (filled(0.0, body=(2,), head=(4,)), ["body/kernel", "head/kernel", "(2,)", "(4,)"]),
   ],
 )
 def test_adopt_lists_the_leaves_that_do_not_fit(loaded, told):
@@ -106,32 +102,8 @@ def test_a_fresh_part_that_is_in_neither_model_is_an_error():
     check(own, own, ("label_embd", "body"))
 
 
-def test_equal_grids_are_left_alone():
-  drawn = np.random.default_rng(0).standard_normal((48, 5)).astype(np.float32)
-  assert resample(drawn, (8, 6), (8, 6)).tobytes() == drawn.tobytes()
-
-
 # (rows, columns) before, after: up, down, one of each, by factors that are no integers.
 GRIDS = [((8, 6), (16, 12)), ((8, 6), (4, 3)), ((8, 6), (12, 3)), ((8, 6), (5, 11))]
-
-
-@pytest.mark.parametrize("old, new", GRIDS)
-def test_constant_and_linear_fields_stay_what_they_are(old, new):
-  """Rows and columns keep their meaning; away from the edge, where the grid ends."""
-  fields = np.stack([np.full(old, 3.0), ROWS, COLUMNS], axis=-1).reshape(-1, 3)
-  found = resample(fields.astype(np.float32), old, new).reshape(*new, 3)
-  # Pixel centres: the middle of new cell i is at (i + 1/2) old/new - 1/2 of the old grid.
-  rows, columns = ((np.arange(n) + 0.5) * o / n - 0.5 for o, n in zip(old, new, strict=True))
-  np.testing.assert_allclose(found[..., 0], 3.0, rtol=1e-5)
-  # The kernel reaches two old cells, or two new ones where they are larger.
-  inside = [
-    (at >= 2 * max(1, o / n) - 0.5) & (at <= o - 0.5 - 2 * max(1, o / n))
-    for at, o, n in zip((rows, columns), old, new, strict=True)
-  ]
-  for channel, at in ((1, rows[:, None]), (2, columns[None])):
-    expected, where = np.broadcast_to(at, new), inside[channel - 1]
-    got = np.moveaxis(found[..., channel], channel - 1, 0)[where]
-    np.testing.assert_allclose(got, np.moveaxis(expected, channel - 1, 0)[where], atol=1e-4)
 
 
 @pytest.mark.parametrize("old, new", GRIDS)
@@ -139,6 +111,7 @@ def test_resampling_is_tensorflows_bicubic_with_antialiasing(old, new):
   import tensorflow as tf
 
   drawn = np.random.default_rng(1).standard_normal((*old, 7)).astype(np.float32)
+  assert resample(drawn, old, old) is drawn
   found = resample(drawn.reshape(-1, 7), old, new)
   assert found.dtype == np.float32
   # Its kernel is Keys's with a = -1/2, as ours, and it leaves out what is beyond the edge.
@@ -235,24 +208,8 @@ def tiny_config(**overrides):
   return config
 
 
-def contents(path) -> dict:
-  return {str(f): f.read_bytes() for f in path.rglob("*") if f.is_file()}
-
-
-def test_fine_tuning_writes_into_its_own_folder_and_leaves_the_source_alone(earlier, tmp_path):
-  path, _ = earlier
-  before = contents(path)
-  assert before
-  config = tiny_config(**{"finetune.init_from": str(path), "stages": ("finetune",)})
-  stages.run(config, str(tmp_path))
-  assert contents(path) == before
-  assert (tmp_path / "finetune/checkpoints/1").is_dir()
-  assert set(os.listdir(tmp_path)) <= {"finetune", "cache", "report.html", "stages.json"}
-
-
-@pytest.mark.parametrize("reference", ["absent", "stage:pretrain", "empty"])
+@pytest.mark.parametrize("reference", ["absent", "stage:pretrain"])
 def test_a_missing_checkpoint_is_an_error_before_anything_is_written(tmp_path, reference):
-  (tmp_path / "empty").mkdir()
   workdir = tmp_path / "work"
   given = reference if reference.startswith("stage:") else str(tmp_path / reference)
   config = tiny_config(**{"finetune.init_from": given, "stages": ("finetune",)})

@@ -101,24 +101,6 @@ def test_a_run_with_bad_steps_is_the_run_without_them(place):
     assert_same_bits(a, b)
 
 
-def test_the_average_and_the_rate_follow_the_steps_that_were_applied():
-  """The same by hand, so that both runs above cannot be wrong together."""
-  run = Run("one device")
-  start = jax.device_get(run.state)
-  bad, good = run.train([BAD["NaN in the data"], GOOD[0]])
-  decay = float(ema_decay_at(0, 0.9))
-  average = decay * start.ema_params["kernel"] + (1 - decay) * good[0].params["kernel"]
-  np.testing.assert_allclose(good[0].ema_params["kernel"], average, rtol=1e-6)
-  assert float(bad[1]["lr"]) == float(good[1]["lr"]) == float(make_schedule(0.1, 50, 0.1)(0))
-
-
-def test_each_step_draws_anew_whether_the_last_was_applied_or_not():
-  noisy = lambda params, batch, key: (loss(params, batch, key)[0], {"key": jax.random.uniform(key)})
-  run = Run("one device", noisy)
-  draws = {float(metrics["loss/key"]) for _, metrics in run.train([BAD["NaN in the data"]] * 3)}
-  assert len(draws) == 3
-
-
 def test_after_a_row_of_them_the_state_waits_as_it_was_before():
   bad = BAD["NaN in the data"]
   run = Run("one device", max_skipped=3)
@@ -144,14 +126,6 @@ def test_a_row_goes_on_where_a_checkpoint_left_it(tmp_path):
   assert run.state.guard.row == run.state.guard.seen == 2
   assert_same_bits(run.train(batches[4:])[-1], expected)
   assert expected[0].guard.row == 4  # The last step was fit to be applied, and came too late.
-
-
-def test_a_step_compiles_to_no_call_of_the_host():
-  run = Run("four, split", spike_sigma=3.0)
-  text = run.step.lower(run.state, rows(GOOD[0], run.mesh)).compile().as_text()
-  assert "fusion" in text  # It is the program's text.
-  for word in ("callback", "outfeed", "infeed", "send(", "recv("):
-    assert word not in text
 
 
 def spikes_by_hand(losses, sigma, window):

@@ -103,20 +103,9 @@ def test_exactly_the_matrices_decay(nano):
   assert names[False] == tokens | {"scale", "bias", "qkv_bias", "embedding"}
 
 
-def test_without_a_gradient_matrices_shrink_and_all_else_stays(nano):
-  _, params = nano(num_classes=10)
-  tx, zeros = adamw(), jax.tree.map(jnp.zeros_like, params)
-  updates, _ = jax.jit(tx.update)(zeros, tx.init(params), params)
-  for (path, update), param in zip(
-    jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(params), strict=True
-  ):
-    factor = -LR * WD if leaf_name(path).endswith("kernel") else 0.0
-    np.testing.assert_allclose(update, factor * param, rtol=1e-5)
-
-
-@pytest.mark.parametrize("warmup", [0.01, 0.05, 0.4])
-def test_learning_rate_rises_to_its_peak_and_falls_to_zero(warmup):
-  schedule, warm = make_schedule(LR, 1000, warmup), 1000 * warmup
+def test_learning_rate_rises_to_its_peak_and_falls_to_zero():
+  assert make_schedule(LR, 100, 0)(0) == pytest.approx(LR)
+  schedule, warm = make_schedule(LR, 1000, 0.05), 50
   assert schedule(0) == 0
   assert schedule(warm) == pytest.approx(LR)
   assert schedule(warm / 2) == pytest.approx(LR / 2)
@@ -124,11 +113,7 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_zero(warmup):
   assert schedule(1000) == pytest.approx(0, abs=1e-9)
 
 
-def test_without_warm_up_the_peak_comes_first():
-  assert make_schedule(LR, 100, 0)(0) == pytest.approx(LR)
-
-
-@pytest.mark.parametrize("warmup", [1, 1.5, 5, -0.1])
+@pytest.mark.parametrize("warmup", [1, 5, -0.1])
 def test_a_warm_up_that_is_no_share_of_the_run_is_an_error(warmup):
   with pytest.raises(ValueError, match=rf"optim\.warmup={warmup} must be in \[0, 1\)"):
     make_schedule(LR, 100, warmup)
@@ -248,15 +233,11 @@ def test_micro_batches_make_the_gradient_of_the_whole_batch(nano, devices, fsdp)
   assert np.abs(found[0][0]["head"]["kernel"] - params["head"]["kernel"]).max() > 1e-3
 
 
-@pytest.mark.parametrize(
-  "accumulate, batch_size, period, fine",
-  [(1, 4, 16, True), (2, 16, 2, True), (2, 8, 2, False), (3, 32, 1, False), (3, 12, 1, True)],
-)
-def test_micro_batches_that_are_no_whole_patterns_are_refused(accumulate, batch_size, period, fine):
-  if fine:
-    check_accumulates(accumulate, batch_size, period, make_mesh())
-    return
-  with pytest.raises(
-    ValueError, match=rf"accumulate={accumulate}: each device has {batch_size // 4} "
-  ):
-    check_accumulates(accumulate, batch_size, period, make_mesh())
+def test_micro_batches_that_are_no_whole_patterns_are_refused():
+  mesh = make_mesh()  # of four devices
+  for accumulate, batch_size, period in [(1, 4, 16), (2, 16, 2), (3, 12, 1)]:
+    check_accumulates(accumulate, batch_size, period, mesh)
+  for accumulate, batch_size, period in [(2, 8, 2), (3, 32, 1)]:
+    rows = rf"accumulate={accumulate}: each device has {batch_size // 4} "
+    with pytest.raises(ValueError, match=rows):
+      check_accumulates(accumulate, batch_size, period, mesh)

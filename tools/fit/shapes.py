@@ -135,6 +135,7 @@ def plan(config: Diffusion, devices, side: int = 0, num_classes: int = 0) -> Pla
     source = dataclasses.replace(source, image_size=(*seen[:2], 2 * seen[2]))
     idle = memory.nbytes(codec.params)
   parts = diffusion.assemble(config, mesh, source, codec, seen)
+  parts = parts._replace(work=diffusion.count_work(parts.objective, mesh))
   shapes = describe.state_sizes(parts)
   state = sharding.placed(shapes, sharding.state_shardings(shapes, mesh))
   rows = config.batch_size
