@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 import evaluators
+from evaluators import Scheduled
 from trainers import auto, diagnosis, logs, loop, optim
 from trainers.config.records import Diffusion, to_dict
 from umd import data, models, objectives
@@ -67,7 +68,7 @@ class Parts(NamedTuple):
   schedule: Callable
   tx: optax.GradientTransformation
   work: writers.Work = writers.Work()
-  evaluators: Sequence[evaluators.Scheduled] = ()
+  evaluators: Sequence[Scheduled] = ()
 
   @property
   def model(self) -> Network:

@@ -1,6 +1,5 @@
 """Starting from other weights: what is taken, what is fresh, and position embeddings resized."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
