@@ -104,7 +104,7 @@ class Prepared:
     tf = tensorflow()
     drawn = tf.stack([tf.constant(seed, tf.int64), tf.cast(position, tf.int64)])
     for op in self._ops:
-      example = op(example, ops.Context(drawn, (None, None, 3)))
+      example = op(example, ops.OpContext(drawn, (None, None, 3)))
     return {"image": tf.ensure_shape(example["image"], self.spec["image"][0]), "label": 0}
 
 
@@ -154,7 +154,7 @@ def errors(records: Records, size: int, area: float, images: int) -> dict[str, f
   found, energies = {}, {}
   for index in np.linspace(0, len(records) - 1, min(images, len(records)), dtype=np.int64):
     example = records.parse(row(records, int(index)))
-    context = ops.Context(tf.constant([SEED, index], tf.int64), (None, None, 3))
+    context = ops.OpContext(tf.constant([SEED, index], tf.int64), (None, None, 3))
     results = {k: op(example, context)["image"].numpy() for k, op in crops(size, area).items()}
     for name, image in results.items():
       found.setdefault(name, []).append(np.abs(image - results[BASE]).mean())

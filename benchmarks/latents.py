@@ -25,7 +25,7 @@ from tools.command_line import positive
 from umd import models, objectives
 from umd.codecs.codec import Latents, encode_batch
 from umd.codecs.vae import Architecture, KLAutoEncoder
-from umd.codecs.vae_files import Weights
+from umd.codecs.vae_files import VaeWeights
 from umd.devices.mesh import make_mesh, put_batch
 from umd.models import network
 from umd.objectives import Objective
@@ -50,7 +50,7 @@ def random_codec(mesh, size: int, dtype: str, chunk: int) -> Latents:
   noise = jnp.zeros((1, size // 8, size // 8, architecture.latent_channels))
   init = lambda key: KLAutoEncoder(architecture).init(key, jnp.zeros((1, size, size, 3)), noise)
   params = jax.device_get(jax.jit(init)(jax.random.key(0))["params"])
-  return Latents(Weights("random", architecture, params, "0" * 64), mesh, dtype, chunk)
+  return Latents(VaeWeights("random", architecture, params, "0" * 64), mesh, dtype, chunk)
 
 
 def make_steps(args: argparse.Namespace, mesh) -> dict:

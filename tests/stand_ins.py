@@ -9,7 +9,7 @@ import numpy as np
 
 from umd.codecs import codec
 from umd.codecs.vae import Architecture, KLAutoEncoder
-from umd.codecs.vae_files import Weights
+from umd.codecs.vae_files import VaeWeights
 from umd.metrics import features as extraction
 from umd.metrics.inception import LOGITS, POOL, SPATIAL
 from umd.metrics.quantize import quantize
@@ -38,15 +38,15 @@ def small_inception(setattr):
 
 
 @functools.cache
-def random_weights(architecture: Architecture, seed: int = 0) -> Weights:
-  """Weights of a KL auto-encoder, drawn at random, biases among them; NumPy."""
+def random_weights(architecture: Architecture, seed: int = 0) -> VaeWeights:
+  """VaeWeights of a KL auto-encoder, drawn at random, biases among them; NumPy."""
   side, channels = architecture.factor, architecture.in_channels
   network = KLAutoEncoder(architecture)
   blank = jnp.zeros((1, side, side, channels)), jnp.zeros((1, 1, 1, architecture.latent_channels))
   shapes = jax.eval_shape(network.init, jax.random.key(0), *blank)["params"]
   rng = np.random.default_rng(seed)
   draw = lambda leaf: rng.normal(0, leaf.size**-0.25 / 2, leaf.shape).astype(np.float32)
-  return Weights(f"random {seed}", architecture, jax.tree.map(draw, shapes), f"{seed:x}" * 64)
+  return VaeWeights(f"random {seed}", architecture, jax.tree.map(draw, shapes), f"{seed:x}" * 64)
 
 
 # Stable Diffusion's but for the widths, and one of half as many pixels a side for each latent.

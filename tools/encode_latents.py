@@ -103,7 +103,9 @@ def split_name(data: str, name: str) -> str:
   return name
 
 
-def make_plan(args: argparse.Namespace, source: Source, weights: vae_files.Weights) -> LatentPlan:
+def make_plan(
+  args: argparse.Namespace, source: Source, weights: vae_files.VaeWeights
+) -> LatentPlan:
   """Returns what is to be written; raises ValueError if the images do not fit the VAE."""
   architecture, (height, width, channels) = weights.architecture, source.image_size
   factor = architecture.factor

@@ -42,13 +42,13 @@ def test_all_ways_cut_the_same_window(jpegs):
     .astype(np.uint8),
     quality=98,
   )
-  context = ops.Context(tf.constant([0, 5], tf.int64), (None, None, 3))
+  context = ops.OpContext(tf.constant([0, 5], tf.int64), (None, None, 3))
   found = {
     k: op({"image": smooth}, context)["image"].numpy() for k, op in input.crops(32, 30).items()
   }
   for name, image in found.items():
     assert np.abs(image - found[input.BASE]).mean() < 6, name
-  other = ops.Context(tf.constant([0, 6], tf.int64), (None, None, 3))
+  other = ops.OpContext(tf.constant([0, 6], tf.int64), (None, None, 3))
   moved = input.crops(32, 30)["fused"]({"image": smooth}, other)["image"].numpy()
   assert np.abs(moved - found[input.BASE]).mean() > 12
 

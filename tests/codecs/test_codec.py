@@ -136,7 +136,7 @@ def test_images_that_look_like_moments_are_refused(weights):
 
 
 def test_no_settings_stand_for_pixels_and_the_same_ones_for_one_codec(weights, monkeypatch):
-  monkeypatch.setattr(codecs.vae_weights, "load", {"small": weights}.__getitem__)
+  monkeypatch.setattr(codecs.vae_files, "load", {"small": weights}.__getitem__)
   mesh = make_mesh()
   assert isinstance(codecs.make({}, mesh), Pixels)
   settings = {"vae": "small", "dtype": "float32"}

@@ -236,7 +236,7 @@ def test_group_norm_of_bfloat16_is_that_of_float64_and_in_float32():
 def test_attention_is_softmax_of_scaled_products_over_all_pixels():
   rng = np.random.default_rng(0)
   x = rng.standard_normal((2, 3, 4, 8)).astype(np.float32)
-  block = vae.Attention(4, "float32")
+  block = vae.SpatialAttention(4, "float32")
   shapes = jax.eval_shape(block.init, jax.random.key(0), jnp.asarray(x))["params"]
   params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype("f"), shapes)
   dense = lambda name, y: y @ params[name]["kernel"] + params[name]["bias"]

@@ -11,7 +11,7 @@ from umd.data.decoding import RATIOS, inception_window, resized, window_of_jpeg
 from umd.data.host import tensorflow
 from umd.data.ops import (
   OPS,
-  Context,
+  OpContext,
   decode,
   decode_jpeg_and_inception_crop,
   inception_crop,
@@ -40,7 +40,7 @@ def encoded(image, kind, mode="RGB", **settings):
 
 
 def context(seed=0, position=0, shape=UNKNOWN):
-  return Context(tensorflow().constant([seed, position], "int64"), shape)
+  return OpContext(tensorflow().constant([seed, position], "int64"), shape)
 
 
 def apply(op, image, **settings):

@@ -186,7 +186,6 @@ def test_folders_can_be_taken_in_at_a_glance():
   assert len([file for file in FILES if str(file.parent) == "umd"]) <= FILES_BESIDE_THE_ROOMS
 
 
-@pytest.mark.xfail
 def test_a_class_name_has_one_meaning():
   names = Counter(
     node.name for file in FILES for node in ast.walk(parse(file)) if isinstance(node, ast.ClassDef)

@@ -48,7 +48,7 @@ def load_config(path: str, overrides: list[str]) -> ConfigDict:
     raise ValueError(str(next(own, error))) from None
 
 
-class Place(NamedTuple):
+class Hardware(NamedTuple):
   """What a step is to run on.
 
   Attributes:
@@ -66,7 +66,7 @@ class Place(NamedTuple):
   compiles: bool
 
 
-def find_place(topology: str) -> Place:
+def find_place(topology: str) -> Hardware:
   """The devices of "local", "v5e:4x4" or "gpu:H100x8"; to be called before JAX is used."""
   from tools.fit import compile
   from umd.devices import chips, memory
@@ -79,16 +79,16 @@ def find_place(topology: str) -> Place:
   if topology == "local":
     devices = jax.devices()
     capacity = (devices[0].memory_stats() or {}).get("bytes_limit")
-    return Place(topology, devices, devices[0].device_kind, capacity, True)
+    return Hardware(topology, devices, devices[0].device_kind, capacity, True)
   if kind == "gpu":
     devices = memory.gpus(rest)
     share = float(os.environ.get(MEM_FRACTION, 0.75))
     capacity = int(share * chips.memory(devices[0].device_kind))
-    return Place(topology, devices, devices[0].device_kind, capacity, False)
+    return Hardware(topology, devices, devices[0].device_kind, capacity, False)
   devices = compile.tpu_devices(topology)
   known = chips.memory(devices[0].device_kind)
   # The rest is the chip's own: of 16 GiB a program has 15.75.
-  return Place(topology, devices, devices[0].device_kind, known and known * 63 // 64, True)
+  return Hardware(topology, devices, devices[0].device_kind, known and known * 63 // 64, True)
 
 
 def _parts_of_state(planned) -> dict[str, int]:
@@ -101,7 +101,7 @@ def _parts_of_state(planned) -> dict[str, int]:
   return kept | ({"vae": memory.on_device(frozen)} if frozen else {})
 
 
-def _compiled(planned, place: Place, report: dict, hlo_path: str) -> None:
+def _compiled(planned, place: Hardware, report: dict, hlo_path: str) -> None:
   """Adds what the compiler says."""
   from tools.fit import compile
   from umd.devices import memory
@@ -127,7 +127,7 @@ def _compiled(planned, place: Place, report: dict, hlo_path: str) -> None:
     report.update(seconds=speed.seconds, mfu=speed.mfu)
 
 
-def _estimated(planned, place: Place, report: dict, accumulate: int) -> None:
+def _estimated(planned, place: Hardware, report: dict, accumulate: int) -> None:
   """Adds what arithmetic says."""
   import jax
 
@@ -153,7 +153,7 @@ def _estimated(planned, place: Place, report: dict, accumulate: int) -> None:
     report["seconds_at_peak"] = report["flops"] / (peak * n)
 
 
-def examine(config, place: Place, args: argparse.Namespace, hlo_path: str = "") -> dict:
+def examine(config, place: Hardware, args: argparse.Namespace, hlo_path: str = "") -> dict:
   """All that is known of a stage's step on that place."""
   from tools.fit import shapes
 
@@ -178,7 +178,7 @@ def examine(config, place: Place, args: argparse.Namespace, hlo_path: str = "") 
   return report
 
 
-def largest_batch(config, place: Place, args: argparse.Namespace, known: dict) -> int:
+def largest_batch(config, place: Hardware, args: argparse.Namespace, known: dict) -> int:
   """The largest batch that fits, see `tools.fit.compile.largest`; `known` is the report of the config's."""
   from tools.fit import compile
 

@@ -224,7 +224,7 @@ EXAMPLES = "v5e:4x4, v6e:2x4, v4:2x2x1, v5p:4x4x4"
 MEGACORE = ("v4",)
 
 
-class Clock(NamedTuple):
+class ChipRates(NamedTuple):
   """Hz of a TPU core, and bytes/s over all links of a device, in one direction."""
 
   rate: float
@@ -235,12 +235,12 @@ class Clock(NamedTuple):
 # (arXiv:2304.01433), table 4; of later ones: peak / (matrix units x 2 x their multipliers). Links:
 # the same papers, and half of the bidirectional bandwidth on Google Cloud's page of each version.
 CLOCKS = {
-  "TPU v2": Clock(0.70e9, 124e9),
-  "TPU v3": Clock(0.94e9, 164e9),
-  "TPU v4": Clock(1.05e9, 300e9),
-  "TPU v5 lite": Clock(1.50e9, 200e9),
-  "TPU v5": Clock(1.75e9, 600e9),
-  "TPU v6 lite": Clock(1.75e9, 400e9),
+  "TPU v2": ChipRates(0.70e9, 124e9),
+  "TPU v3": ChipRates(0.94e9, 164e9),
+  "TPU v4": ChipRates(1.05e9, 300e9),
+  "TPU v5 lite": ChipRates(1.50e9, 200e9),
+  "TPU v5": ChipRates(1.75e9, 600e9),
+  "TPU v6 lite": ChipRates(1.75e9, 400e9),
 }
 
 

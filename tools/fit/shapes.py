@@ -105,7 +105,7 @@ def _codec(config: Diffusion, mesh: Mesh) -> Codec:
     architecture = PUBLISHED.get(name, Architecture())
   else:
     architecture = vae_files.load(name).architecture
-  codec = Latents(vae_files.Weights(name, architecture, {}, ""), mesh, **settings)
+  codec = Latents(vae_files.VaeWeights(name, architecture, {}, ""), mesh, **settings)
   network = KLAutoEncoder(architecture, settings["dtype"])
   params = jax.eval_shape(kl_vae.init_params(network), jax.random.key(0))
   codec.params = sharding.placed(params, sharding.replicated(mesh))

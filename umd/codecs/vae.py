@@ -87,7 +87,7 @@ class ResNet(nn.Module):
     return x + y
 
 
-class Attention(nn.Module):
+class SpatialAttention(nn.Module):
   """Self-attention of all pixels with one head, added to the input; softmax in float32."""
 
   groups: int
@@ -118,7 +118,7 @@ class Middle(nn.Module):
     resnet = lambda i: ResNet(x.shape[-1], self.groups, self.dtype, name=f"resnets_{i}")
     x = resnet(0)(x)
     if self.attention:
-      x = Attention(self.groups, self.dtype, name="attentions_0")(x)
+      x = SpatialAttention(self.groups, self.dtype, name="attentions_0")(x)
     return resnet(1)(x)
 
 

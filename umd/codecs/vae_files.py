@@ -28,28 +28,22 @@ PUBLISHED = {
   "flux": "hf:black-forest-labs/FLUX.1-schnell/vae",  # 16 channels
 }
 
-# What diffusers takes where config.json is silent: other values than Architecture's own.
-DEFAULTS = {
-  **{"_class_name": "AutoencoderKL", "act_fn": "silu"},
-  **{"in_channels": 3, "out_channels": 3, "block_out_channels": [64], "layers_per_block": 1},
-  **{"latent_channels": 4, "norm_num_groups": 32, "scaling_factor": 0.18215, "shift_factor": None},
-  **{"use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True},
-  **{"down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"]},
-}
-ONLY = {"_class_name": "AutoencoderKL", "act_fn": "silu"}  # all that is known here
+# What diffusers takes where config.json is silent and Architecture has another default.
+DEFAULTS = {"block_out_channels": [64], "layers_per_block": 1}
+ONLY = {"_class_name": "AutoencoderKL", "act_fn": "silu"}  # The only values that are known here.
 BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
-HARMLESS = {"sample_size", "force_upcast"}  # of diffusers' own tiling and number formats
-DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "bfloat16"}  # safetensors' names
+HARMLESS = {"sample_size", "force_upcast"}  # They are of diffusers' own tiling and number formats.
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-class Weights(NamedTuple):
+class VaeWeights(NamedTuple):
   """Weights of a KL auto-encoder.
 
   Attributes:
     name: what was asked for.
     architecture: its sizes.
     params: NumPy float32, read-only.
-    sha256: of the safetensors file, in hexadecimal digits.
+    sha256: hash of the safetensors file, in hexadecimal digits.
   """
 
   name: str
@@ -59,7 +53,7 @@ class Weights(NamedTuple):
 
 
 def find(name: str) -> str:
-  """The folder that holds config.json and diffusion_pytorch_model.safetensors.
+  """Returns the folder that holds config.json and diffusion_pytorch_model.safetensors.
 
   Args:
     name: a name of PUBLISHED, "hf:ORG/REPO[/SUBFOLDER][@REVISION]" on the Hugging Face hub, or a
@@ -79,14 +73,16 @@ def find(name: str) -> str:
   if workdir.exists(workdir.join(folder, "vae", CONFIG)):
     hint = f"Its subfolder vae has one: give {workdir.join(name, 'vae')!r}."
   else:
-    hint = f"Give a folder that holds {CONFIG} and {TENSORS}"
-    hint += f", one of {', '.join(PUBLISHED)}, or hf:ORG/REPO[/SUBFOLDER][@REVISION]."
+    hint = (
+      f"Give a folder that holds {CONFIG} and {TENSORS}, one of {', '.join(PUBLISHED)}, or "
+      "hf:ORG/REPO[/SUBFOLDER][@REVISION]."
+    )
   what = f"lacks {' and '.join(missing)}" if workdir.exists(folder) else "does not exist"
   raise FileNotFoundError(f"vae={name!r}: the folder {folder} {what}. {hint}")
 
 
-def load(name: str) -> Weights:
-  """The weights of that name, as `find` finds them; read once unless the files change.
+def load(name: str) -> VaeWeights:
+  """Returns the weights of that name, as `find` finds them; read once unless the files change.
 
   Raises:
     FileNotFoundError, ValueError: as `find` and `read` do.
@@ -100,35 +96,38 @@ def load(name: str) -> Weights:
 
 
 @functools.lru_cache(maxsize=2)
-def _read_once(folder: str, stamps: tuple) -> Weights:
-  del stamps  # Other files, another entry.
+def _read_once(folder: str, stamps: tuple) -> VaeWeights:
+  del stamps  # Other files make another entry.
   return read(folder)
 
 
-def read(folder: str) -> Weights:
-  """The weights in a folder that holds config.json and diffusion_pytorch_model.safetensors.
+def read(folder: str) -> VaeWeights:
+  """Returns the weights in a folder of config.json and diffusion_pytorch_model.safetensors.
 
   Raises:
     FileNotFoundError: one of the files is not there.
     ValueError: a file is damaged, or describes or holds something else than an AutoencoderKL.
   """
   paths = [workdir.join(folder, file) for file in (CONFIG, TENSORS)]
-  config, tensors = (workdir.read_bytes(path) for path in paths)
-  if config is None or tensors is None:
-    path = paths[0] if config is None else paths[1]
-    raise FileNotFoundError(f"{path}: there is no such file. Put {CONFIG} and {TENSORS} there.")
+  contents = [workdir.read_bytes(path) for path in paths]
+  for path, content in zip(paths, contents, strict=True):
+    if content is None:
+      raise FileNotFoundError(f"{path}: there is no such file. Put {CONFIG} and {TENSORS} there.")
+  config, tensors = contents
   architecture = _parse_config(paths[0], config)
-  digest = hashlib.sha256(tensors).hexdigest()
-  remedy = f"Download it again, together with the {CONFIG} that belongs to it."
   try:
     params = from_diffusers(_parse_tensors(tensors), architecture)
   except ValueError as error:
-    raise ValueError(f"{paths[1]} cannot be used: {error} {remedy}") from None
+    raise ValueError(
+      f"{paths[1]} cannot be used: {error} Download it again, together with the {CONFIG} that "
+      "belongs to it."
+    ) from None
   _freeze(params)
-  return Weights(folder, architecture, params, digest)
+  return VaeWeights(folder, architecture, params, hashlib.sha256(tensors).hexdigest())
 
 
 def _freeze(tree: dict) -> None:
+  """Makes all arrays read-only: callers share them."""
   for value in tree.values():
     if isinstance(value, dict):
       _freeze(value)
@@ -172,53 +171,57 @@ def save(folder: str, architecture: Architecture, params: Mapping) -> str:
 
 
 def _parse_config(path: str, contents: bytes) -> Architecture:
-  """What a config.json says, with diffusers' defaults for what it leaves out."""
+  """Returns what a config.json says, with diffusers' defaults for what it leaves out.
+
+  Raises:
+    ValueError: it is damaged, or of another network than this one.
+  """
   try:
     given = json.loads(contents)
   except ValueError as error:
     raise ValueError(f"{path} is damaged ({error}). Download it again.") from None
   if not isinstance(given, dict):
     raise ValueError(f"{path} holds a {type(given).__name__}, not the settings of a model.")
-  config = {**DEFAULTS, **given}
+  values = {**dataclasses.asdict(Architecture()), **DEFAULTS, **given}
+  if values["shift_factor"] is None:
+    values["shift_factor"] = 0.0
 
   def check(key: str, holds: bool, expected: str) -> None:
     if not holds:
       raise ValueError(
-        f"{path}: {key}={config[key]!r}, but only {expected} is known here. Use the {CONFIG} of "
+        f"{path}: {key}={given[key]!r}, but only {expected} is known here. Use the {CONFIG} of "
         "an AutoencoderKL of Stable Diffusion's kind."
       )
 
-  for key, value in ONLY.items():
-    check(key, config[key] == value, repr(value))
   is_count = lambda x: isinstance(x, int) and not isinstance(x, bool) and x > 0
   is_number = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
-  widths = config["block_out_channels"]
+  widths = values["block_out_channels"]
   counted = isinstance(widths, list) and widths and all(map(is_count, widths))
   check("block_out_channels", counted, "a list of positive widths")
-  for key, kind in BLOCKS.items():
-    check(key, config[key] == [kind] * len(widths), f"{kind!r} once per block_out_channels")
-  config["shift_factor"] = 0.0 if config["shift_factor"] is None else config["shift_factor"]
+  expected = {**ONLY, **{key: [kind] * len(widths) for key, kind in BLOCKS.items()}}
   rules = {
     int: (is_count, "a positive integer"),
     bool: (lambda x: isinstance(x, bool), "true or false"),
     float: (is_number, "a number"),
   }
   fields = {field.name: field.type for field in dataclasses.fields(Architecture)}
-  for key, kind in fields.items():
-    if kind in rules:
-      holds, expected = rules[kind]
-      check(key, holds(config[key]), expected)
-  for key in config.keys() - fields.keys() - DEFAULTS.keys() - HARMLESS:
-    check(key, key.startswith("_") or config[key] is None, "null")
-  values = {key: config[key] for key in fields}
+  for key, value in given.items():
+    if key in expected:
+      check(key, value == expected[key], repr(expected[key]))
+    elif fields.get(key) in rules:
+      holds, meaning = rules[fields[key]]
+      check(key, holds(values[key]), meaning)
+    elif key not in {*fields, *HARMLESS}:
+      check(key, key.startswith("_") or value is None, "null")
   try:
-    return Architecture(**{**values, "block_out_channels": tuple(widths)})
+    settings = {key: values[key] for key in fields}
+    return Architecture(**{**settings, "block_out_channels": tuple(widths)})
   except ValueError as error:
     raise ValueError(f"{path}: {error}") from None
 
 
 def _parse_tensors(contents: bytes) -> dict[str, np.ndarray]:
-  """The tensors of a safetensors file, float32."""
+  """Returns the tensors of a safetensors file, float32; ValueError if it is damaged."""
   import ml_dtypes
   import safetensors
 
@@ -234,7 +237,7 @@ def _parse_tensors(contents: bytes) -> dict[str, np.ndarray]:
     if entry["dtype"] not in DTYPES:
       raise ValueError(f"{name} has dtype {entry['dtype']}, not one of {', '.join(DTYPES)}.")
     dtype = DTYPES[entry["dtype"]]
-    dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    dtype = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
     tensor = np.frombuffer(entry["data"], dtype).reshape(entry["shape"]).astype(np.float32)
     if not np.isfinite(tensor).all():
       raise ValueError(f"{name} holds values that are not finite.")

@@ -1,7 +1,7 @@
 """Preprocessing ops: what may stand in a `pp` string, as in "decode|resize(64)|flip_lr".
 
 Each function here takes an op's arguments and returns the op: a function of an example (a dict of
-tensors with at least `image` and `label`) and of its Context, which returns the changed example.
+tensors with at least `image` and `label`) and of its OpContext, which returns the changed example.
 Images are [H, W, C]: uint8 after decoding, float32 from the first resize on. All that resizes is
 bilinear and antialiased.
 """
@@ -19,7 +19,7 @@ Size = int | tuple[int, int]  # The side of a square, or (height, width).
 
 
 @dataclasses.dataclass(frozen=True)
-class Context:
+class OpContext:
   """What an op knows apart from the example.
 
   Attributes:
@@ -31,7 +31,7 @@ class Context:
   shape: tuple[int | None, ...]
 
 
-Op = Callable[[Example, Context], Example]
+Op = Callable[[Example, OpContext], Example]
 
 
 def decode(channels: int | None = None) -> Op:

@@ -4,7 +4,7 @@ import ast
 import difflib
 
 from umd.data.host import tensorflow
-from umd.data.ops import FOR_LATENTS, OPS, Context, Example, Op
+from umd.data.ops import FOR_LATENTS, OPS, Example, Op, OpContext
 
 EXAMPLE = "decode|resize_small(64)|central_crop(64)|value_range(-1, 1)"
 OPS_AT_MOST = 1024  # Ops of one string: each has its own random numbers.
@@ -95,7 +95,7 @@ class Preprocess:
     position = tf.cast(position, tf.int64)
     for i, (_, op) in enumerate(self._ops):
       drawn = tf.stack([tf.constant(seed * OPS_AT_MOST + i, tf.int64), position])
-      example = op(example, Context(drawn, self._shape))
+      example = op(example, OpContext(drawn, self._shape))
     casts = {"image": tf.float32, "label": tf.int32}
     example = {k: tf.cast(v, casts.get(k, v.dtype)) for k, v in example.items()}
     return {k: tf.ensure_shape(v, self.spec[k][0]) for k, v in example.items()}
@@ -115,7 +115,7 @@ class Preprocess:
             f"here: {', '.join(FOR_LATENTS)}."
           )
         try:
-          example = op(example, Context(seed, self._shape))
+          example = op(example, OpContext(seed, self._shape))
         except (ValueError, TypeError) as error:
           raise ValueError(f"{where}: {text}: {error}") from None
     for key in ("image", "label"):

@@ -14,7 +14,7 @@ from umd.data.arrays import Arrays, digits, npz
 from umd.data.folder import folder
 from umd.data.host import tensorflow
 from umd.data.latents import latents
-from umd.data.ops import Context, decode
+from umd.data.ops import OpContext, decode
 from umd.data.pipeline import Source, eval_batches
 from umd.data.records import Cached, Records, rows
 from umd.data.tfds import tfds
@@ -163,7 +163,7 @@ def _first_size(source: Source) -> tuple[int, int]:
   tf, records = tensorflow(), source.records
   row = next(iter(rows(records, 0, 1)))
   try:
-    image = decode()(records.parse(row), Context(None, records.shape))["image"]
+    image = decode()(records.parse(row), OpContext(None, records.shape))["image"]
   except tf.errors.OpError:
     next(eval_batches(source, 1))  # Raises an error that names the file.
     raise

@@ -32,8 +32,8 @@ class EvaluationStopped(Exception):
   """An evaluation was given up because the run is to end; the next start makes up for it."""
 
 
-class Watch:
-  """What is known of the signals to this process, which has one `Watch`.
+class SignalWatch:
+  """What is known of the signals to this process, which has one `SignalWatch`.
 
   Attributes:
     signal: the first signal that came, None as long as there was none.
@@ -96,7 +96,7 @@ class Watch:
     return self.signal is not None
 
 
-_WATCH = Watch()
+_WATCH = SignalWatch()
 
 
 def install() -> None:

@@ -18,7 +18,7 @@ PROGRESS_EVERY = 2.0  # Seconds.
 CHUNK = 1 << 17  # Bytes.
 
 
-class Place(NamedTuple):
+class HubFile(NamedTuple):
   """A folder of a repository of the Hugging Face hub.
 
   Attributes:
@@ -32,7 +32,7 @@ class Place(NamedTuple):
   revision: str
 
 
-def parse(address: str) -> Place:
+def parse(address: str) -> HubFile:
   """Reads "hf:ORG/REPO[/SUBFOLDER][@REVISION]".
 
   Raises:
@@ -43,7 +43,7 @@ def parse(address: str) -> Place:
   if not address.startswith(SCHEME) or len(parts) < 2 or not all(parts) or (at and not revision):
     form = "hf:ORG/REPO[/SUBFOLDER][@REVISION]"
     raise ValueError(f"{address!r} is no address on the hub: write {form}.")
-  return Place("/".join(parts[:2]), "/".join(parts[2:]), revision)
+  return HubFile("/".join(parts[:2]), "/".join(parts[2:]), revision)
 
 
 def fetch(address: str, files: Sequence[str]) -> str:
@@ -92,7 +92,7 @@ def _common_folder(address: str, paths: list[str]) -> str:
   return folders.pop()
 
 
-def _explain(address: str, place: Place, files: Sequence[str], error: Exception) -> str:
+def _explain(address: str, place: HubFile, files: Sequence[str], error: Exception) -> str:
   """Returns what went wrong, and what to do about it."""
   from huggingface_hub import constants, errors
 
