@@ -31,7 +31,6 @@ from umd.models import network
 from umd.objectives import Objective
 from umd.paths import make_path
 from umd.state import init_state, make_train_step
-from umd.trained import saved
 
 COLUMNS = (
   Column("", "kind"),
@@ -61,7 +60,7 @@ def make_steps(args: argparse.Namespace, mesh) -> dict:
   config = ae_i1k.get_config(arguments).pretrain.to_dict()
   image_size = (args.size, args.size, 3)
   seen = codec.model_size(image_size)
-  model = models.make(image_size=seen, **saved.network_settings(config["model"]))
+  model = models.make(image_size=seen, **config["model"])
   streams, path = (
     objectives.make_streams(config["streams"]),
     make_path(**config["path"]),

@@ -135,12 +135,12 @@ def data(name: str, split: str, pp: str, data_dir: str = "", cache: bool = False
 
 
 def optim(lr: float, wd: float, beta2: float, warmup: float = 0.05, mu_dtype="float32") -> dict:
-  """Makes the settings of AdamW; `lr` is the peak, `warmup` a share of the steps, before a cosine to 0."""
+  """Makes the settings of AdamW: a warm-up (a share of the steps) to `lr`, then a cosine to 0."""
   return dict(lr=lr, warmup=warmup, wd=wd, beta1=0.9, beta2=beta2, clip_norm=1.0, mu_dtype=mu_dtype)
 
 
 def scaled(lr: float, batch_size: int) -> float:
-  """Scales the learning rate to a batch by the linear rule: `lr` is for 256 images (Goyal et al. 2017)."""
+  """Scales `lr`, of 256 images, to a batch by the linear rule (Goyal et al. 2017)."""
   return lr * batch_size / 256
 
 

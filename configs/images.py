@@ -106,7 +106,7 @@ def parse_arg(arg: str | None, arguments):
 
 
 def latents(a) -> dict | None:
-  """What is between pixels and the model: the arguments of `umd.codecs.codec.make`, None for nothing."""
+  """Returns the arguments of `umd.codecs.codec.make`, or None where pixels are trained on."""
   return dict(vae=a.vae, dtype=a.dtype, chunk=8, tile=0) if a.latent_diffusion else None
 
 
@@ -246,7 +246,7 @@ TWO_STAGES = dict(
 
 
 def two_stages(a) -> ConfigDict:
-  """The stages "pretrain" and, where there are labels, "finetune"; `a` holds the arguments of TWO_STAGES."""
+  """Makes the stages "pretrain" and, where there are labels, "finetune" of TWO_STAGES."""
   stages = {"pretrain": _pretrain_stage(a)}
   if a.use_labels and a.finetune_steps:
     stages["finetune"] = _finetune_stage(a)

@@ -1,8 +1,9 @@
 """THE TABLE: one row per method. Methods differ in these values and in nothing else.
 
-A network sees *streams*, parts of the batch that are noised and masked alike. Each stream has *terms*:
-which head is scored on which patches (`umd/objectives.py` defines the words). The four methods of the
-UMD paper (Hansen-Estruch et al. 2024) have up to two streams, made by `streams` from three shares:
+A network sees *streams*, parts of the batch that are noised and masked alike. Each stream has
+*terms*: which head is scored on which patches (`umd/objectives.py` defines the words). The four
+methods of the UMD paper (Hansen-Estruch et al. 2024) have up to two streams, made by `streams` from
+three shares:
 
   clean   images at t = 0 with most patches masked; x0 is scored on the masked ones, as in MAE.
   noised  images at a random t; eps is scored on the patches that are seen, x0 on those that are

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import quickstart
+from umd import models
 from umd.codecs.codec import Pixels
 from umd.devices.mesh import make_mesh, replicated
-from umd.models.autoencoder import AutoEncoder
 from umd.models.network import param_shapes
 from umd.runs import workdir
 from umd.runs.checkpoint import Checkpoints
@@ -51,8 +51,8 @@ def make(path, settings, classes=10, names=NAMES, codec=None, steps=(3, 7), size
   Step s scores -s. Returns the folder.
   """
   path, codec = str(path), codec or Pixels()
-  model = saved.network_settings(settings.model.to_dict())
-  model = AutoEncoder(image_size=codec.model_size(size), num_classes=classes, **model)
+  size = codec.model_size(size)
+  model = models.make(image_size=size, num_classes=classes, **settings.model.to_dict())
   workdir.start(path, settings.to_dict())
   workdir.write_json(os.path.join(path, saved.ABOUT), saved.describe_model(model, codec, names))
   with Checkpoints(path, keep=max(1, len(steps)), best="max:score") as checkpoints:

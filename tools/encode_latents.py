@@ -81,7 +81,7 @@ class Views:
     self.spec = {"image": ((views, *self.image_size), "float32"), "label": ((), "int32")}
 
   def __call__(self, example, seed, index):
-    """Returns the example {image, label} at `index` with all views; the pipeline's seed is unused."""
+    """Returns the example {image, label} at `index` with all views; the seed is not used."""
     tf = tensorflow()
     first = self._middle(example, 0, index)
     images = [first["image"], tf.reverse(first["image"], [1])][: len(self.strings)]
@@ -194,7 +194,7 @@ def encoded(
 
 
 def totals(moments: np.ndarray, encoding: dict) -> np.ndarray:
-  """Returns float64 [2, c]: sums over moments [V, h, w, 2c] of a scaled latent's mean and square."""
+  """Sums mean and square of scaled latents over moments [V, h, w, 2c]: float64 [2, c]."""
   mean, logvar = np.split(moments.astype(np.float64), 2, axis=-1)
   mean, variance = mean - encoding["shift"], np.exp(logvar)
   scaled = [mean * encoding["scaling"], (mean**2 + variance) * encoding["scaling"] ** 2]

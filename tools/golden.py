@@ -22,7 +22,7 @@ import optax
 from configs import quickstart
 from trainers import diffusion
 from trainers.config.check import read_stage
-from trainers.loop import make_step
+from trainers.optim import make_step
 from umd import data
 from umd.devices import mesh
 from umd.models.network import init_params
@@ -43,14 +43,14 @@ RUNS = {
   "dit": ("adaln=false", True),
   "maskdit": ("adaln=true,scan=true", True),
 }
-# The error that is allowed, relative to the largest number of a series. One or four devices, SSE4.2,
+# The error allowed, relative to the largest number of a series. One or four devices, SSE4.2,
 # AVX2 or AVX-512, and XLA's optimisation level 0 or its default differ by 3e-7 at most here.
 RTOL = 1e-4
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def train(method: str) -> dict[str, list[float]]:
-  """Returns the metrics of each of the STEPS steps, and how far the average is behind at the end."""
+  """Returns the metrics of each of the STEPS steps, and how far the average is behind."""
   arguments, labels = RUNS[method]
   config = quickstart.get_config(f"method={method},{arguments},{SMALL}").pretrain
   config.evals, config.use_labels, config.label_drop_prob = {}, labels, 0.2 * labels

@@ -26,7 +26,7 @@ def batch_shapes(model: Network, rows: int) -> dict:
 
 
 def needed(objective: Objective, mesh: Mesh, accumulate: int = 1) -> int:
-  """Estimates the bytes that a training step with AdamW takes on a device (`umd.devices.memory`)."""
+  """Estimates the bytes that a step with AdamW takes on a device (`umd.devices.memory`)."""
   shapes = param_shapes(objective.model)
   params = placed(shapes, state_shardings(shapes, mesh))
   batch = batch_shapes(objective.model, objective.batch_size // accumulate)

@@ -1,6 +1,5 @@
 """Trains a network on the streams of its config: MAE, UMD, DiT, MaskDiT are rows of one table."""
 
-import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -132,22 +131,21 @@ def assemble(
     codec: between its images and what the network sees.
     image_size: (H, W, C) of what the network sees.
   """
-  path = make_path(**to_dict(config.path))
-  streams = objectives.make_streams(to_dict(config.streams))
+  path = make_path(**dataclasses.asdict(config.path))
+  settings = {name: dataclasses.asdict(stream) for name, stream in config.streams.items()}
+  streams = objectives.make_streams(settings)
 
   def build(**attributes) -> Objective:
     model = make_model(config, image_size, source.num_classes, **attributes)
     return Objective(model, path, streams, config.batch_size, config.label_drop_prob)
 
-  # A network without layers to loop over or to rematerialise leaves nothing open.
-  known = {field.name for field in dataclasses.fields(models.MODELS[config.model.name])}
-  if "remat" in known:
-    scan, remat = config.model.scan, config.model.remat
-    objective = auto.settle(build, mesh, scan=scan, remat=remat, accumulate=config.accumulate)
-  else:
+  choices = {key: getattr(config.model, key, "") for key in ("scan", "remat")}
+  if auto.AUTO in choices.values():
+    objective = auto.settle(build, mesh, accumulate=config.accumulate, **choices)
+  else:  # All is said, or the network has no layers to loop over or to rematerialise.
     objective = build()
   sharding.check_accumulates(config.accumulate, config.batch_size, objective.period, mesh)
-  steps = loop.count_steps(config, len(source))
+  steps = optim.count_steps(config, len(source))
   schedule, tx = optim.from_config(config.optim, steps)
   return Parts(mesh, source, codec, steps, objective, schedule, tx)
 
@@ -160,7 +158,7 @@ def make_model(
   `attributes` take the place of the config's.
   """
   num_classes = num_classes if config.use_labels else 0
-  attributes = {**saved.network_settings(to_dict(config.model)), **attributes}
+  attributes = {**dataclasses.asdict(config.model), **attributes}
   return models.make(image_size=image_size, num_classes=num_classes, **attributes)
 
 
@@ -223,7 +221,7 @@ def run(
   training = loop.Training(
     like=like,
     fresh=fresh,
-    step=loop.make_step(config, parts, like),
+    step=optim.make_step(config, parts, like),
     source=parts.source,
     steps=parts.steps,
     evaluators=parts.evaluators,

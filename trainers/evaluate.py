@@ -92,8 +92,8 @@ def run(
   """Runs every evaluator once on the newest checkpoint of the run in `init_from`.
 
   It writes metrics and pictures to `workdir`, and adds a line with the settings and all numbers to
-  its evaluations.jsonl. Arguments are as in `trainers.diffusion.run`; `parts` is None if the run was
-  yet to be trained when this one was prepared.
+  its evaluations.jsonl. Arguments are as in `trainers.diffusion.run`; `parts` is None if the run
+  was yet to be trained when this one was prepared.
   """
   say = logs.printer(name)
   started = time.time()

@@ -195,7 +195,7 @@ def prepare(config: KlVae, workdir: str, cache: str, init_from: str = "") -> Par
   count(test, config.eval_num)
   model = make_model(config, source.image_size)
   objective = KLObjective(model, config.objective.error, config.objective.kl_weight)
-  steps = loop.count_steps(config, len(source))
+  steps = optim.count_steps(config, len(source))
   return Parts(mesh, source, test, steps, objective, *optim.from_config(config.optim, steps))
 
 
@@ -370,7 +370,7 @@ def run(
   training = loop.Training(
     like=like,
     fresh=lambda: init_state(init, parts.tx, jax.random.key(config.seed), parts.mesh),
-    step=loop.make_step(config, parts, like),
+    step=optim.make_step(config, parts, like),
     source=parts.source,
     steps=parts.steps,
     evaluators=[

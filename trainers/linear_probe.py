@@ -88,7 +88,7 @@ def _build(config: LinearProbe, mesh: Mesh, init_from: str) -> Parts:
   timesteps = run.inference.path.timesteps
   if bad := [t for t in config.timesteps if not 0 <= t <= timesteps]:
     raise ValueError(f"timesteps={bad} must be in [0, {timesteps}].")
-  steps = loop.count_steps(config, len(train))
+  steps = optim.count_steps(config, len(train))
   schedule = optim.make_schedule(1.0, steps, config.warmup)
   return Parts(mesh, run, codec, train, held_out, steps, schedule)
 

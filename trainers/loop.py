@@ -17,13 +17,11 @@ from evaluators import Scheduled
 from trainers import logs
 from trainers.config.records import to_dict
 from umd import data, report
-from umd.codecs.codec import encode_batch
 from umd.devices.mesh import each_process, prefetch
 from umd.runs import preemption, progress, writers
 from umd.runs import workdir as folder
 from umd.runs.checkpoint import Checkpoints
 from umd.runs.goodput import Goodput
-from umd.state import Step, TrainState, make_train_step
 
 REPORT_SECONDS = 60.0  # At most so often the report is written when no evaluation asks for it.
 
@@ -224,22 +222,6 @@ def _stopped(
   return preemption.preempted()
 
 
-def make_step(config, parts, like: TrainState) -> Step:
-  """Builds the step of a trainer's parts, for states of the shapes and places of `like`."""
-  return make_train_step(
-    parts.objective,
-    parts.tx,
-    parts.schedule,
-    ema_decay=config.ema_decay,
-    seed=config.seed,
-    state=like,
-    guard=config.guard,
-    accumulate=config.accumulate,
-    encode=functools.partial(encode_batch, parts.codec),
-    frozen=parts.codec.params,
-  )
-
-
 def train_batches(
   source: data.Source, batch_size: int, seed: int, step: int
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -252,12 +234,3 @@ def train_batches(
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
-
-
-def count_steps(config, examples: int) -> int:
-  """Returns the length of a run: `steps`, or `epochs` over so many examples."""
-  if (config.steps > 0) == (config.epochs > 0):
-    raise ValueError(
-      f"steps={config.steps} and epochs={config.epochs}: give one of them, and leave the other 0."
-    )
-  return config.steps or max(1, round(config.epochs * examples / config.batch_size))

@@ -1,9 +1,13 @@
-"""AdamW with warm-up, cosine decay, clipping, and weight decay on matrices only."""
+"""How a run descends: its length, its learning rate, AdamW, and the compiled step."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import optax
+
+from umd.codecs.codec import Pixels, encode_batch
+from umd.state import Step, TrainState, make_train_step
 
 
 def make_schedule(lr: float, steps: int, warmup: float) -> Callable:
@@ -63,3 +67,30 @@ def from_config(optim, steps: int) -> tuple[Callable, optax.GradientTransformati
     mu_dtype=optim.mu_dtype,
   )
   return schedule, tx
+
+
+def count_steps(config, examples: int) -> int:
+  """Returns the length of a run: `steps`, or `epochs` over so many examples."""
+  if (config.steps > 0) == (config.epochs > 0):
+    raise ValueError(
+      f"steps={config.steps} and epochs={config.epochs}: give one of them, and leave the other 0."
+    )
+  return config.steps or max(1, round(config.epochs * examples / config.batch_size))
+
+
+def make_step(config, parts, like: TrainState) -> Step:
+  """Builds the step of a trainer's parts, for states of the shapes and places of `like`."""
+  # Pixels are trained on as they are; of latents the step makes its own.
+  is_encoded = not isinstance(parts.codec, Pixels)
+  return make_train_step(
+    parts.objective,
+    parts.tx,
+    parts.schedule,
+    ema_decay=config.ema_decay,
+    seed=config.seed,
+    state=like,
+    guard=config.guard,
+    accumulate=config.accumulate,
+    encode=functools.partial(encode_batch, parts.codec) if is_encoded else None,
+    frozen=parts.codec.params,
+  )

@@ -243,7 +243,7 @@ def make_train_step(
   ema_decay: float,
   seed: int,
   state: TrainState,
-  guard: Guard = Guard(),  # noqa: B008 (frozen)
+  guard: Guard = Guard(),
   accumulate: int = 1,
   encode: Callable | None = None,
   frozen=(),
@@ -268,7 +268,7 @@ def make_train_step(
   """
   places = jax.tree.map(lambda x: x.sharding, state)
   mesh = places.step.mesh
-  # Where parameters are kept in parts ("fsdp"), those outside of layers are gathered here and layers
+  # Where parameters are kept in parts ("fsdp"), those outside of layers are gathered here. Layers
   # gather their own, so that never more than one layer is whole beside its parts.
   whole = lambda params, drawn: objective(gathered_at_once(params), drawn)
   gradient = make_gradient(whole, accumulate, mesh.size)

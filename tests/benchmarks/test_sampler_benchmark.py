@@ -51,7 +51,8 @@ def test_both_benchmarks_write_a_row_for_each_line_they_print(tmp_path, capsys):
   small = "--variant nano/4 --size 8 --batch_size 2 --steps 2 --repeats 1 --cfg_scale 1 2"
   sampler.main([*small.split(), "--out", out])
   run = pretrained_runs.make(tmp_path / "run", pretrained_runs.config(), steps=(7,))
-  few = "--num 20 --repeats 1 --seeds 2 --evaluations 2 5 --reference 20 --samplers ddim dpmpp_2m:logsnr"
+  few = "--num 20 --repeats 1 --seeds 2 --evaluations 2 5 --reference 20 "
+  few += "--samplers ddim dpmpp_2m:logsnr"
   sampler_quality.main(["--workdir", run, *few.split(), "--out", out])
   with open(out, encoding="utf-8") as f:
     rows = [json.loads(line) for line in f]

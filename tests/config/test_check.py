@@ -159,8 +159,9 @@ def test_every_value_of_a_wrong_type_is_told_by_its_key():
 
 # What no config may leave out, for code has no default for it.
 NEEDED_KEYS = """
-  seed summary wandb wandb.mode data data.name data.split optim optim.lr guard batch_size steps epochs
-  checkpoint checkpoint.every model model.variant path path.name streams ema_decay init_from evals
+  seed summary wandb wandb.mode data data.name data.split optim optim.lr guard batch_size steps
+  epochs checkpoint checkpoint.every model model.variant path path.name streams ema_decay init_from
+  evals
 """
 
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from configs import ae_i1k, common, images, methods, quickstart
 from configs.common import Argument
-from trainers import diffusion, loop
+from trainers import diffusion
 from trainers.config.check import read_stage
 from umd.data import load
 from umd.models.network import param_shapes
@@ -159,7 +159,7 @@ def test_the_second_stage_starts_from_the_first_but_for_what_it_calls_fresh(meth
 )
 def test_the_length_of_a_run_is_given_in_steps_or_in_epochs(steps, epochs, expected):
   config = SimpleNamespace(steps=steps, epochs=epochs, batch_size=100)
-  assert loop.count_steps(config, 1000) == expected
+  assert optim.count_steps(config, 1000) == expected
 
 
 @pytest.mark.parametrize(

@@ -294,7 +294,8 @@ def test_only_process_0_prints_and_logs(two):
 
 def test_a_peer_that_does_not_come_is_an_error_that_says_where_and_how_many():
   port = free_port()
-  code = f"from umd.devices import distributed\ndistributed.start('127.0.0.1:{port}', 3, 1, timeout_seconds=1)"
+  start = f"distributed.start('127.0.0.1:{port}', 3, 1, timeout_seconds=1)"
+  code = f"from umd.devices import distributed\n{start}"
   done = subprocess.run(
     [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
   )

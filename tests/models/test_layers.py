@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from umd.models.autoencoder import TimeEmbedding
 from umd.models.layers.blocks import Block, BlockDesign, Merge, Stack
-from umd.models.layers.embeddings import RelativeBias, TimeEmbedding, places, rotate
+from umd.models.layers.positions import RelativeBias, places, rotate
 
 OFFICIAL = np.load(Path(__file__).resolve().parents[1] / "golden/official_blocks.npz")
 FLOAT32 = jnp.dtype("float32")

@@ -14,7 +14,7 @@ from tools.fit import __main__, compile, shapes
 from trainers import diffusion, stages
 from trainers.config import describe
 from trainers.config.check import read_stage
-from trainers.loop import make_step
+from trainers.optim import make_step
 from umd import objectives, paths
 from umd.devices import chips, memory, mesh
 from umd.models.autoencoder import AutoEncoder

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import vae_tiny
-from trainers import kl_vae, loop, stages
+from trainers import kl_vae, stages
 from umd import data
 from umd.codecs import vae_files
 from umd.codecs.vae import Architecture, KLAutoEncoder
@@ -116,7 +116,7 @@ def programs():
   with pytest.MonkeyPatch.context() as patch:
     for name in ("make_moments", "Reconstruction"):
       patch.setattr(kl_vae, name, once(getattr(kl_vae, name)))
-    patch.setattr(loop, "make_step", once(loop.make_step))
+    patch.setattr(optim, "make_step", once(optim.make_step))
     yield first
 
 

@@ -179,7 +179,7 @@ def examine(config, place: Hardware, args: argparse.Namespace, hlo_path: str = "
 
 
 def largest_batch(config, place: Hardware, args: argparse.Namespace, known: dict) -> int:
-  """The largest batch that fits, see `tools.fit.compile.largest`; `known` is the report of the config's."""
+  """Finds the largest batch that fits; `known` is the report of the config's own batch."""
   from tools.fit import compile
 
   rows, peaks = known["batch_size"], {known["batch_size"]: known["peak"]}

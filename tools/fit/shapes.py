@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from trainers import diffusion, kl_vae
 from trainers.config import describe
 from trainers.config.records import Diffusion, to_dict
-from trainers.loop import make_step
+from trainers.optim import make_step
 from umd import data
 from umd.codecs import vae_files
 from umd.codecs.codec import Codec, Latents, Pixels

@@ -1,6 +1,6 @@
 """Looks a whole config over before anything is built, and lists all that is wrong with it at once.
 
-Types and ranges are read from `trainers.config.records`. Here are the rules that no single field can
+Types and ranges are read from `trainers.config.records`. Here are the rules that no field alone can
 state: settings that contradict each other, and stages that start from one another. Whatever depends
 on the data is checked where the data are opened.
 """
@@ -28,7 +28,7 @@ def validate(
     workdir: the folder of all stages.
 
   Returns:
-    ({name: record of the stage}, remarks). A config that is its only stage has the name "". A remark
+    ({name: record of the stage}, remarks). A config that is its only stage is named "". A remark
     is a line on what is allowed and yet may not be meant.
 
   Raises:
@@ -137,7 +137,8 @@ def _remarks(stage: records.Stage) -> Iterator[str]:
       yield f"{key}={every} is more than steps={stage.steps}: it happens once, after the last step."
   if saving.every and saving.keep_every % saving.every and saving.every % saving.keep_every:
     yield (
-      f"checkpoint.keep_every={saving.keep_every} is no multiple of checkpoint.every={saving.every}."
+      f"checkpoint.keep_every={saving.keep_every} is no multiple of "
+      f"checkpoint.every={saving.every}."
     )
 
 

@@ -31,7 +31,7 @@ def load(path: str) -> ModuleType:
   spec.loader.exec_module(module)
   if not isinstance(getattr(module, NAME, None), Mapping):
     raise ValueError(
-      f"--config={path!r} has no {NAME}, a dict of arguments, so there is nothing to tell of it. It "
+      f"--config={path!r} has no {NAME}, a dict of arguments, so nothing can be told of it. It "
       "may be a part of other configs, or take no arguments."
     )
   return module

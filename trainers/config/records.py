@@ -1,7 +1,7 @@
 """All that a config may hold, as records: one class for each section and one for each trainer.
 
-A field says the type, range, default and meaning of a value once. Where a section holds the settings
-of a class that exists elsewhere, such as `Stream` or `Guard`, that class is the record. How records
+A field says the type, range, default and meaning of a value once. Where a section holds settings of
+a class that exists elsewhere, such as `Stream` or `Guard`, that class is the record. How records
 are read from a config is told in `trainers.config.read`.
 """
 
@@ -154,7 +154,7 @@ OF_NETWORKS = {
 
 @functools.cache
 def network(name: str, make: type) -> type:
-  """Makes the record of a network: its name, and the attributes that do not follow from the data."""
+  """Makes the record of a network: its name, and what does not follow from the data."""
   attributes = {field.name for field in dataclasses.fields(make)}
   more = {key: what for key, what in OF_NETWORKS.items() if key in attributes}
   fixed = ("image_size", "num_classes")

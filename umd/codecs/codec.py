@@ -48,7 +48,7 @@ class Codec(abc.ABC):
 
   @abc.abstractmethod
   def model_size(self, image_size: Size) -> Size:
-    """Returns (h, w, c) of what a network sees of images (H, W, C); ValueError if they do not fit."""
+    """Returns (h, w, c) of what a network sees of images (H, W, C), or raises ValueError."""
 
   @abc.abstractmethod
   def pixel_size(self, model_size: Size) -> Size:

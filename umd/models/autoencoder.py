@@ -18,7 +18,6 @@ from umd.devices.mesh import by_batch, join_rows, part_rows
 from umd.masks import Mask, gather, patchify, scatter, unpatchify
 from umd.models.layers.attention import IMPLEMENTATIONS
 from umd.models.layers.blocks import CONDITIONS, REMAT, BlockDesign, Stack, modulate
-from umd.models.layers.embeddings import LabelEmbedding, TimeEmbedding
 from umd.models.network import Input, num_tokens
 
 # name: width, encoder depth, decoder depth, attention heads. S, B, L are the paper's.
@@ -52,6 +51,49 @@ def parse_variant(variant: str) -> Shape:
       "and PATCH the side of a patch in pixels, as in 'B/4'."
     )
   return Shape(*SIZES[size], int(patch))
+
+
+def sinusoid(t: Shaped[Array, "*n"], width: int) -> Float[Array, "*n d"]:
+  """Computes [sin | cos] features of times of any shape (Vaswani et al. 2017), always in float32.
+
+  bfloat16 cannot tell 999 from 1000, so t must not be rounded before this point.
+  """
+  half = width // 2
+  freqs = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+  angles = t.astype(jnp.float32)[..., None] * freqs
+  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+class Trunk(nn.Module):
+  """Dense(2D) - silu - Dense(D), in float32: it runs once per image and shapes every layer."""
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+    width = x.shape[-1]
+    return nn.Dense(width, name="out")(jax.nn.silu(nn.Dense(2 * width, name="hidden")(x)))
+
+
+class TimeEmbedding(nn.Module):
+  """Embeds times: [B] -> [B, D], or [B, N] -> [B, N, D] where every token has a time of its own."""
+
+  width: int
+
+  @nn.compact
+  def __call__(self, t: Shaped[Array, "*n"]) -> Float[Array, "*n d"]:
+    return Trunk(name="trunk")(sinusoid(t, self.width))
+
+
+class LabelEmbedding(nn.Module):
+  """Embeds labels in 0..num_classes: [B] -> [B, D]. The label `num_classes` means "no label"."""
+
+  num_classes: int
+  width: int
+
+  @nn.compact
+  def __call__(self, labels: Int[Array, "b"]) -> Float[Array, "b d"]:
+    init = nn.initializers.normal(0.02)
+    table = nn.Embed(self.num_classes + 1, self.width, embedding_init=init, name="table")
+    return Trunk(name="trunk")(table(labels))
 
 
 class Condition(NamedTuple):

@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 
 from umd import models, objectives
 from umd.codecs import codec
-from umd.models import MODELS
 from umd.models.network import Network, feature_widths
 from umd.objectives import Stream
 from umd.paths import Path, make_path
@@ -360,20 +359,6 @@ def locate(reference: str, workdir: str) -> str:
   if reference and not has_checkpoints(reference) and has_checkpoints(inside):
     return inside
   return reference
-
-
-def network_settings(model: Mapping) -> dict:
-  """Returns the attributes of a config's network.
-
-  What the config leaves open is as suits a forward pass: a loop over layers, which compiles faster.
-  """
-  settings = {**model, "heads": tuple(model["heads"])}
-  known = {field.name for field in dataclasses.fields(MODELS[model["name"]])}
-  if "scan" in known:
-    settings["scan"] = settings.get("scan") != "false"
-  if "remat" in known:
-    settings["remat"] = settings.get("remat", "none").replace("auto", "none")
-  return settings
 
 
 def check_same_vae(path: str, sha256: str) -> None:

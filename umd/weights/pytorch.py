@@ -362,7 +362,7 @@ def _cached(load: Load) -> Load:
 
 
 def _state_dict(tree: Any) -> dict[str, Tensor]:
-  """Returns the tree if it maps names to tensors; raises a ValueError that says what it is if not."""
+  """Returns the tree if it maps names to tensors, else raises ValueError saying what it is."""
   if not isinstance(tree, dict):
     raise ValueError(f"it holds a {type(tree).__name__.lower()}, not a state dict.")
   other = [k for k, v in tree.items() if type(k) is not str or not isinstance(v, Tensor)]

@@ -132,8 +132,7 @@ def choose(
   itemsize = jnp.dtype(dtype).itemsize
   if implementation != "xla" and platform == "gpu":
     return "cudnn" if _cudnn_takes(itemsize, head_dim) else "xla"
-  takes = supports(tokens, head_dim) and not has_bias
-  if implementation == "xla" or platform != "tpu" or not takes:
+  if implementation == "xla" or platform != "tpu" or has_bias or not supports(tokens, head_dim):
     return "xla"
   mesh = jax.sharding.get_abstract_mesh()
   shares = 1

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from umd.devices import mesh
 from umd.devices.mesh import LAYERS
 from umd.models.layers.attention import IMPLEMENTATIONS, attend
-from umd.models.layers.embeddings import NOWHERE, RelativeBias, rotate
+from umd.models.layers.positions import NOWHERE, RelativeBias, rotate
 
 # How a block sees the time and the label.
 CONDITIONS = {

@@ -1,55 +1,10 @@
-"""Embeddings of times, labels and places."""
+"""Places of tokens in an image, for rotary embeddings and relative biases of attention."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
 MAX_PERIOD = 10_000.0
-
-
-def sinusoid(t: Shaped[Array, "*n"], width: int) -> Float[Array, "*n d"]:
-  """Computes [sin | cos] features of times of any shape (Vaswani et al. 2017), always in float32.
-
-  bfloat16 cannot tell 999 from 1000, so t must not be rounded before this point.
-  """
-  half = width // 2
-  freqs = jnp.exp(-jnp.log(MAX_PERIOD) * jnp.arange(half, dtype=jnp.float32) / half)
-  angles = t.astype(jnp.float32)[..., None] * freqs
-  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-
-
-class Trunk(nn.Module):
-  """Dense(2D) - silu - Dense(D), in float32: it runs once per image and shapes every layer."""
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-    width = x.shape[-1]
-    return nn.Dense(width, name="out")(jax.nn.silu(nn.Dense(2 * width, name="hidden")(x)))
-
-
-class TimeEmbedding(nn.Module):
-  """Embeds times: [B] -> [B, D], or [B, N] -> [B, N, D] where every token has a time of its own."""
-
-  width: int
-
-  @nn.compact
-  def __call__(self, t: Shaped[Array, "*n"]) -> Float[Array, "*n d"]:
-    return Trunk(name="trunk")(sinusoid(t, self.width))
-
-
-class LabelEmbedding(nn.Module):
-  """Embeds labels in 0..num_classes: [B] -> [B, D]. The label `num_classes` means "no label"."""
-
-  num_classes: int
-  width: int
-
-  @nn.compact
-  def __call__(self, labels: Int[Array, "b"]) -> Float[Array, "b d"]:
-    init = nn.initializers.normal(0.02)
-    table = nn.Embed(self.num_classes + 1, self.width, embedding_init=init, name="table")
-    return Trunk(name="trunk")(table(labels))
-
 
 # A token without a place in the image, such as a class token, is at row and column -1.
 NOWHERE = -1
