@@ -1,5 +1,6 @@
 """Trains a network on the streams of its config: MAE, UMD, DiT, MaskDiT are rows of one table."""
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
