@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from configs import ae_i1k, common, images, methods, quickstart
 from configs.common import Argument
-from trainers import diffusion
+from trainers import diffusion, optim
 from trainers.config.check import read_stage
 from umd.data import load
 from umd.models.network import param_shapes

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import vae_tiny
-from trainers import kl_vae, stages
+from trainers import kl_vae, optim, stages
 from umd import data
 from umd.codecs import vae_files
 from umd.codecs.vae import Architecture, KLAutoEncoder
