@@ -16,12 +16,12 @@ from ml_collections import config_flags
 
 import evaluators.context
 from trainers import diffusion, evaluate, linear_probe, stages
+from trainers.config.check import read_stage
 from umd import data
 from umd.codecs.codec import Pixels
 from umd.data.records import Records, select
 from umd.models.network import num_tokens, param_shapes
 from umd.objectives import Stream, Term
-from umd.runs import checkpoint
 from umd.runs import workdir as folder
 from umd.trained import saved
 
@@ -202,7 +202,7 @@ rows = lambda only=lambda row: True: pytest.mark.parametrize(
 def test_every_command_names_its_model_batch_and_optimizer(row):
   config = only_stage(row.config, row.stage)
   seen = (32, 32, 4) if row.is_latent else (row.side, row.side, 3)
-  model = diffusion.make_model(config, seen, 1000)
+  model = diffusion.make_model(read_stage(config), seen, 1000)
   assert num_tokens(model) == 256  # of every model of the paper
   assert model.num_classes == (1000 if row.tuned else 0)
   assert millions(model) == row.params
@@ -229,7 +229,7 @@ def test_every_command_names_its_model_batch_and_optimizer(row):
 @rows()
 def test_every_command_builds_its_run(opened, small_vae, tmp_path, row):
   config = only_stage(row.config, row.stage)
-  parts = diffusion.prepare(config, str(tmp_path), str(tmp_path))
+  parts = diffusion.prepare(read_stage(config), str(tmp_path), str(tmp_path))
   assert parts.model.image_size == ((32, 32, 4) if row.is_latent else (row.side, row.side, 3))
   assert parts.codec.pixel_size(parts.model.image_size) == (row.side, row.side, 3)
   assert parts.streams == row.streams
@@ -268,7 +268,7 @@ def test_every_command_builds_its_run(opened, small_vae, tmp_path, row):
 def test_mae_is_trained_by_naming_the_method(opened, tmp_path, name):
   row = ROWS[name]
   config = only_stage(row.config + ",method=mae", "pretrain")
-  assert diffusion.prepare(config, str(tmp_path), str(tmp_path)).streams == MAE
+  assert diffusion.prepare(read_stage(config), str(tmp_path), str(tmp_path)).streams == MAE
   spelt_out = only_stage(row.config + ",no_noise_prob=1.0,mask_ratio=0.0", "pretrain")
   assert spelt_out.to_dict() == config.to_dict()
 
@@ -295,9 +295,10 @@ def test_both_spellings_mean_the_same(ours, theirs):
 def write_run(path: str, row: Row):
   """What a run of that command leaves, but for the weights."""
   config = only_stage(row.config, row.stage)
-  model = diffusion.make_model(config, (row.side, row.side, 3), 1000)
+  model = diffusion.make_model(read_stage(config), (row.side, row.side, 3), 1000)
   folder.start(path, config.to_dict())
   folder.write_json(os.path.join(path, "model.json"), saved.describe_model(model, Pixels()))
+  os.makedirs(os.path.join(path, "checkpoints", "1"))
 
 
 TRANSFER = {
@@ -324,15 +325,14 @@ TRANSFER = {
     ("MAE-L/16", (":L/16", 256, True, False, False, 125, False, True)),
   ],
 )
-def test_evaluation_commands_build_probes_and_samples(
-  opened, tmp_path, monkeypatch, name, arguments
-):
-  monkeypatch.setattr(checkpoint, "param_shapes", lambda path: {})
+def test_evaluation_commands_build_probes_and_samples(opened, tmp_path, name, arguments):
   row, (*_, steps, sample, probe) = ROWS[name], arguments
   write_run(str(tmp_path / row.stage), row)
   config = only_stage(EVAL.format(*arguments), "eval")
   source = saved.locate(config.init_from, str(tmp_path))
-  run, scheduled = evaluate.prepare(config, str(tmp_path / "eval"), str(tmp_path), source)
+  run, scheduled = evaluate.prepare(
+    read_stage(config), str(tmp_path / "eval"), str(tmp_path), source
+  )
   assert run.folder == str(tmp_path / row.stage)
   assert run.streams == row.streams
   built = {s.name for s in scheduled}
@@ -365,27 +365,25 @@ def test_evaluation_commands_build_probes_and_samples(
     ((":L/16", 256, True, False, False), ["variant='L/16', there 'B/4'", "size=256, there 64"]),
   ],
 )
-def test_an_evaluation_that_describes_another_model_is_refused(
-  opened, tmp_path, monkeypatch, arguments, told
-):
-  monkeypatch.setattr(checkpoint, "param_shapes", lambda path: {})
+def test_an_evaluation_that_describes_another_model_is_refused(opened, tmp_path, arguments, told):
   write_run(str(tmp_path / "pretrain"), ROWS["UMD-B/4"])
   config = only_stage(EVAL.format(*arguments, 125, True, True), "eval")
   source = saved.locate(config.init_from, str(tmp_path))
   with pytest.raises(ValueError) as error:
-    evaluate.prepare(config, str(tmp_path / "eval"), str(tmp_path), source)
+    evaluate.prepare(read_stage(config), str(tmp_path / "eval"), str(tmp_path), source)
   assert all(words in str(error.value) for words in told)
   assert str(error.value).count(", there ") == len(told)
 
 
-def test_guidance_is_refused_without_labels_only_if_it_was_asked_for(opened, tmp_path, monkeypatch):
-  monkeypatch.setattr(checkpoint, "param_shapes", lambda path: {})
+def test_guidance_is_refused_without_labels_only_if_it_was_asked_for(opened, tmp_path):
   write_run(str(tmp_path), ROWS["UMD-B/4"])
   config = EVAL.format(":B/4", 64, True, False, False, 125, True, False)
-  evaluate.prepare(only_stage(config, "eval"), str(tmp_path / "eval"), "", str(tmp_path))
+  evaluate.prepare(
+    read_stage(only_stage(config, "eval")), str(tmp_path / "eval"), "", str(tmp_path)
+  )
   asked = only_stage(config + ",cfg_scale=1.5", "eval")
   with pytest.raises(ValueError, match=r"evals.generation: cfg_scale=1\.5 guides by labels"):
-    evaluate.prepare(asked, str(tmp_path / "eval"), "", str(tmp_path))
+    evaluate.prepare(read_stage(asked), str(tmp_path / "eval"), "", str(tmp_path))
 
 
 def test_an_evaluation_of_nothing_is_refused():
@@ -393,12 +391,11 @@ def test_an_evaluation_of_nothing_is_refused():
     only_stage(EVAL.format(":B/4", 64, True, False, False, 125, False, False), "eval")
 
 
-def test_the_full_linear_probe_of_the_paper_is_built(opened, tmp_path, monkeypatch):
-  monkeypatch.setattr(checkpoint, "param_shapes", lambda path: {})
+def test_the_full_linear_probe_of_the_paper_is_built(opened, tmp_path):
   write_run(str(tmp_path / "pretrain"), ROWS["UMD-B/4"])
   config = only_stage("configs/ae_i1k_lp.py:variant=B/4,size=64,width=768", "linear_probe")
   source = saved.locate(config.init_from, str(tmp_path))
-  parts = linear_probe.prepare(config, str(tmp_path / "lp"), str(tmp_path), source)
+  parts = linear_probe.prepare(read_stage(config), str(tmp_path / "lp"), str(tmp_path), source)
   # 100 epochs of 4,096, the learning rates for 256 images, decay 5e-5: MAE's protocol.
   assert (config.batch_size, config.wd, parts.steps) == (4096, 5e-5, round(100 * 1_268_355 / 4096))
   assert [round(lr * 256 / 4096, 6) for lr in config.lrs] == [0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
@@ -422,7 +419,7 @@ def test_the_full_linear_probe_of_the_paper_is_built(opened, tmp_path, monkeypat
 def test_configs_of_other_data_sets_are_built(opened, tmp_path, config):
   found = parse(config)
   for name in found.stages:
-    parts = diffusion.prepare(found[name], str(tmp_path), str(tmp_path))
+    parts = diffusion.prepare(read_stage(found[name]), str(tmp_path), str(tmp_path))
     assert parts.evaluators
     measured = {metric.split("/")[0] for metric in found[name].summary}
     assert measured - {"fewshot", "reconstruction", "generation", "final_generation"} == set()
@@ -441,7 +438,7 @@ def test_the_config_of_a_folder_is_built(tmp_path, labels):
   found = parse(f"configs/folder.py:root={root},size=16,use_labels={labels},num_samples=20")
   assert found.stages == (("pretrain", "finetune") if labels else ("pretrain",))
   for name in found.stages:
-    parts = diffusion.prepare(found[name], str(tmp_path), str(tmp_path))
+    parts = diffusion.prepare(read_stage(found[name]), str(tmp_path), str(tmp_path))
     assert (len(parts.source), parts.source.image_size) == (36, (16, 16, 3))
     assert parts.model.num_classes == (2 if name == "finetune" else 0)
 
@@ -478,4 +475,4 @@ def test_mistakes_in_the_documents_are_errors(config):
 
 @pytest.mark.parametrize("config", sorted({*WRITTEN} - MISTAKES - PLACEHOLDERS))
 def test_every_command_in_the_documents_is_a_config(config):
-  assert all(stage.trainer for _, stage, _ in stages.stages(parse(config), "runs"))
+  assert all(stage.config.trainer for stage in stages.plan(parse(config), "runs"))
