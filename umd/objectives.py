@@ -240,11 +240,6 @@ def check(streams: Sequence[Stream], network: Network, path: Path, batch_size: i
       raise ValueError(
         f"streams.{s.name}: timesteps={s.timesteps!r} is not one of {list(TIMESTEPS)}."
       )
-    if not path.timesteps:
-      raise ValueError(
-        f"streams.{s.name}: timesteps={s.timesteps!r} are whole times, but those of path "
-        f"{path.name!r} are real. Choose a path with path.timesteps >= 1."
-      )
     if not 0 <= s.rows[0] < s.rows[1] <= 1:
       raise ValueError(
         f"streams.{s.name}: rows={s.rows} must satisfy 0 <= from < to <= 1 (fractions)."

@@ -149,7 +149,7 @@ def test_every_value_of_a_wrong_type_is_told_by_its_key():
     for wrong in WRONG[type(value)]:
       section, _, last = key.rpartition(".")
       field = fields_of(name, section).get(last)
-      if wrong is None and field and types.NoneType in typing.get_args(field.type):
+      if wrong in (None, {}) and field and types.NoneType in typing.get_args(field.type):
         continue  # It stands for none of them.
       told = problems(changed(name, **{key: wrong}))
       if not any(line.startswith(f"  {key}") for line in told.splitlines()):

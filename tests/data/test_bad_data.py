@@ -156,11 +156,11 @@ def test_odd_images_are_decoded_to_what_a_viewer_shows(tmp_path):
 
 def test_the_alpha_channel_is_kept_on_demand():
   pil = pytest.importorskip("PIL.Image")
-  from umd.data.ops import Context, decode
+  from umd.data.ops import OpContext, decode
 
   pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 4), np.uint8)
   data = tensorflow().constant(saved(pil.fromarray(pixels), "PNG"))
-  found = decode(4)({"image": data}, Context(None, (None, None, None)))["image"]
+  found = decode(4)({"image": data}, OpContext(None, (None, None, None)))["image"]
   np.testing.assert_array_equal(found, pixels)
 
 

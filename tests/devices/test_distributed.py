@@ -18,7 +18,7 @@ from xla_flags import QUICK
 
 from trainers import stages
 from umd.devices import distributed
-from umd.devices.distributed import Launch, find
+from umd.devices.distributed import ProcessGroup, find
 from umd.runs.checkpoint import load_params
 from umd.runs.writers import read_jsonl
 
@@ -72,19 +72,19 @@ def found(environ, *flags, workers=1):
     (SBATCH, None),
     ({**SBATCH, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, None),
     (HERE, None),
-    (SRUN, Launch("srun", f"n08:{STEP_PORT}", 4, 3, (1,))),
-    ({**SRUN, **HERE}, Launch("srun", "boss:99", 4, 3, (1,))),
-    ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "3,1"}, Launch("srun", f"n08:{STEP_PORT}", 4, 3)),
+    (SRUN, ProcessGroup("srun", f"n08:{STEP_PORT}", 4, 3, (1,))),
+    ({**SRUN, **HERE}, ProcessGroup("srun", "boss:99", 4, 3, (1,))),
+    ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "3,1"}, ProcessGroup("srun", f"n08:{STEP_PORT}", 4, 3)),
     # srun --mpi=pmi2 says it twice.
     (
       {**SRUN, "PMI_RANK": "3", "PMI_SIZE": "4"},
-      Launch("srun", f"n08:{STEP_PORT}", 4, 3, (1,)),
+      ProcessGroup("srun", f"n08:{STEP_PORT}", 4, 3, (1,)),
     ),
-    ({**DAEMONS, **OPEN_MPI}, Launch("Open MPI", f"n07:{JOB_PORT}", 8, 5, (1,))),
-    ({**SBATCH, **OPEN_MPI}, Launch("Open MPI", f"n07:{JOB_PORT}", 8, 5, (1,))),
-    ({**OPEN_MPI, **HERE}, Launch("Open MPI", "boss:99", 8, 5, (1,))),
-    ({**SBATCH, **INTEL}, Launch("MPICH or Intel MPI", f"n07:{JOB_PORT}", 2, 1)),
-    ({**SBATCH, **MVAPICH}, Launch("MVAPICH", f"n07:{JOB_PORT}", 6, 1, (1,))),
+    ({**DAEMONS, **OPEN_MPI}, ProcessGroup("Open MPI", f"n07:{JOB_PORT}", 8, 5, (1,))),
+    ({**SBATCH, **OPEN_MPI}, ProcessGroup("Open MPI", f"n07:{JOB_PORT}", 8, 5, (1,))),
+    ({**OPEN_MPI, **HERE}, ProcessGroup("Open MPI", "boss:99", 8, 5, (1,))),
+    ({**SBATCH, **INTEL}, ProcessGroup("MPICH or Intel MPI", f"n07:{JOB_PORT}", 2, 1)),
+    ({**SBATCH, **MVAPICH}, ProcessGroup("MVAPICH", f"n07:{JOB_PORT}", 6, 1, (1,))),
     # One process under MPI is alone, whatever its daemons inherited.
     ({**DAEMONS, **OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, None),
   ],
@@ -104,7 +104,7 @@ def test_processes_on_one_machine_share_its_gpus(visible, devices):
 
 def test_flags_come_first_and_are_checked():
   flags = ("10.0.0.1:5", 3, 2)
-  assert found(SRUN, *flags, workers=4) == Launch("the flags", "10.0.0.1:5", 3, 2)
+  assert found(SRUN, *flags, workers=4) == ProcessGroup("the flags", "10.0.0.1:5", 3, 2)
   assert found({}, "a:1", 1, 0) is None
   assert found(OPEN_MPI, "a:1").coordinator == "a:1"
   for partial in (("a:1", None, None), ("a:1", 2, None), (None, 2, 0), (None, None, 0)):
@@ -124,7 +124,7 @@ def test_a_launcher_without_a_coordinator_is_an_error_that_says_what_to_set():
 
 
 def test_workers_of_a_tpu_leave_the_rest_to_jax():
-  assert found({}, workers=4) == Launch("the TPU")
+  assert found({}, workers=4) == ProcessGroup("the TPU")
   assert found({}, workers=1) is None
   assert found(SRUN, workers=4).launcher == "srun"
 

@@ -451,10 +451,10 @@ def test_the_defaults_are_kept_for_each_stage_and_of_one_config(tmp_path):
   ready = lambda name, path: types.SimpleNamespace(name=name, folder=str(path), summary=None)
   top, one = tmp_path / "top", tmp_path / "one"
   default = ConfigDict({"stages": ("a", "b"), "a": {"x": 1}})
-  stages._note([ready("a", top / "a"), ready("b", top / "b")], str(top), default)
+  stages._write_defaults([ready("a", top / "a"), ready("b", top / "b")], str(top), default)
   assert read.stages(str(top)) == ["a", "b"]
   assert workdir.read_json(str(top / "a" / report.DEFAULTS)) == {"x": 1}
   assert not (top / "b").exists()
-  stages._note([ready("one", one)], str(one), ConfigDict({"x": 2}))
+  stages._write_defaults([ready("one", one)], str(one), ConfigDict({"x": 2}))
   assert workdir.read_json(str(one / report.DEFAULTS)) == {"x": 2}
   assert read.stages(str(one)) == []

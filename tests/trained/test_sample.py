@@ -237,7 +237,7 @@ def test_flags_of_sampling_are_its_settings():
 
 
 BAD = {
-  "a workdir that is none": (dict(workdir="nowhere"), "nowhere'; there is no such folder"),
+  "a workdir that is none": (dict(workdir="nowhere"), "'nowhere' holds no run"),
   "a class that is none": (dict(labels="thre"), "'thre' is no class of the model. Did you mean"),
   "a label that is none": (dict(labels="3,12"), "label 12 must be in 0..9"),
   "too many steps": (dict(steps=99), "steps=99 must be in [1, timesteps=20]"),

@@ -199,9 +199,9 @@ def test_a_true_description_is_accepted(encoder, tmp_path):
   "overrides, told",
   [
     ({"batch_size": 30}, "batch_size=30 must be a positive multiple of the 4 devices"),
-    ({"lrs": (1.0, 0.0)}, "lrs=.* at least one positive"),
+    ({"lrs": (1.0, 0.0)}, r"lrs=.* must be a tuple of numbers in \(0, inf\)"),
     ({"timesteps": (0, 1001)}, r"timesteps=\[1001\] must be in \[0, 1000\]"),
-    ({"warmup": 5.0}, "warmup=5.0 must be in"),
+    ({"warmup": 5.0}, "warmup=5.0 must be a number in"),
     ({"data.pp": "resize(16)"}, r"images of \(16, 16, 1\) and 10 classes"),
   ],
 )

@@ -272,12 +272,6 @@ def test_a_method_that_cannot_be_is_refused_at_once(streams, message):
     objectives.Objective(model, make_path("cosine", 10), streams, 8)
 
 
-def test_a_path_of_real_times_is_refused_at_once():
-  model = AutoEncoder("nano/4", (16, 16, 3))
-  with pytest.raises(ValueError, match=r"whole times.*'edm' are real"):
-    objectives.Objective(model, make_path("edm"), one(), 8)
-
-
 def test_a_head_that_the_path_does_not_know_is_refused_at_once():
   model = AutoEncoder("nano/4", (16, 16, 3), heads=("x0", "F"))
   for timesteps in ("uniform", "clean"):

@@ -20,7 +20,7 @@ import jax
 
 
 @dataclasses.dataclass(frozen=True)
-class Launch:
+class ProcessGroup:
   """The place of this process among several; all but the launcher is None if JAX asks the TPU.
 
   Attributes:
@@ -133,7 +133,7 @@ def _check_address(coordinator: str) -> str:
   return coordinator
 
 
-def _from_flags(coordinator, num_processes, process_id) -> Launch | None:
+def _from_flags(coordinator, num_processes, process_id) -> ProcessGroup | None:
   if None in (coordinator, num_processes, process_id):
     raise ValueError(
       f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}: "
@@ -145,7 +145,7 @@ def _from_flags(coordinator, num_processes, process_id) -> Launch | None:
     )
   if num_processes == 1:
     return None
-  return Launch("the flags", _check_address(coordinator), num_processes, process_id)
+  return ProcessGroup("the flags", _check_address(coordinator), num_processes, process_id)
 
 
 def find(
@@ -154,7 +154,7 @@ def find(
   num_processes: int | None = None,
   process_id: int | None = None,
   workers: Callable[[Mapping[str, str]], int] = tpu_workers,
-) -> Launch | None:
+) -> ProcessGroup | None:
   """Returns this process's place among several, None if it is alone.
 
   The three flags come first, then MPI (mpirun, ibrun), then srun, then the TPU. A launcher's
@@ -173,7 +173,7 @@ def find(
   if num_processes is not None or process_id is not None or (coordinator and not launched):
     return _from_flags(coordinator, num_processes, process_id)
   if not launched:
-    return Launch("the TPU") if workers(environ) > 1 else None
+    return ProcessGroup("the TPU") if workers(environ) > 1 else None
   name, names = launched
   by_slurm = names is SLURM
   size = int(environ[names.size])
@@ -191,7 +191,7 @@ def find(
     )
   here = _tasks_on_this_node(environ) if by_slurm else int(environ.get(names.local_size, 1))
   devices = _devices(environ, int(environ.get(names.local_rank, 0)), here)
-  return Launch(name, _check_address(coordinator), size, int(environ[names.rank]), devices)
+  return ProcessGroup(name, _check_address(coordinator), size, int(environ[names.rank]), devices)
 
 
 def start(
