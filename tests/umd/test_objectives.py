@@ -113,6 +113,17 @@ def spy(**attributes):
   return Spy("nano/4", (16, 16, 3), **attributes), calls
 
 
+def run(loss, calls, *arguments):
+  """The objective of these arguments, compiled; `calls` then has what the spy was shown."""
+
+  def traced(*arguments):
+    calls.clear()
+    return at_once(loss)(*arguments), [dict(call) for call in calls]
+
+  result, calls[:] = jax.jit(traced)(*arguments)
+  return result
+
+
 def predictions(size):
   """Parameters of a spy: its predictions for up to `size` images."""
   draws = np.random.default_rng(1).standard_normal((2, size, 16, 16, 3)).astype(np.float32)
@@ -125,7 +136,9 @@ def test_gradient_reaches_scored_tokens_of_the_head_and_no_others(where, head):
   model, calls = spy()
   stream = Stream("noised", {"it": Term(head, where)}, mask_ratio=0.375)
   loss = objectives.Objective(model, make_path("flow", 10), [stream], 4)
-  gradient = jax.grad(lambda *a: at_once(loss)(*a)[0])(predictions(4), batch(4), jax.random.key(0))
+  arguments = predictions(4), batch(4), jax.random.key(0)
+  gradient = jax.jit(jax.grad(lambda *a: at_once(loss)(*a)[0]))(*arguments)
+  run(loss, calls, *arguments)
   masked = np.asarray(calls[-1]["mask"].masked) == 1
   scored = {"all": masked | True, "visible": ~masked, "masked": masked}[where]
   reached = {h: (np.abs(patchify(g, PATCH)) > 0).all(axis=-1) for h, g in gradient.items()}
@@ -137,7 +150,7 @@ def test_gradient_reaches_scored_tokens_of_the_head_and_no_others(where, head):
 def test_streams_count_by_their_realised_share_of_rows(share, realised):
   model, calls = spy()
   loss = objectives.Objective(model, make_path("cosine", 10), halves(share), BATCH)
-  total, m = at_once(loss)(predictions(BATCH), batch(), jax.random.key(0))
+  total, m = run(loss, calls, predictions(BATCH), batch(), jax.random.key(0))
   assert [len(c["images"]) for c in calls] == [BATCH * realised, BATCH * (1 - realised)]
   clean, noised = m["clean/x0"], (m["noised/eps"] + m["noised/x0"]) / 2
   np.testing.assert_allclose(total, realised * clean + (1 - realised) * noised, rtol=1e-6)
@@ -147,7 +160,7 @@ def test_timesteps_cover_1_to_T_evenly_and_clean_is_0():
   model, calls = spy()
   streams = [Stream("noised", {"x0": Term("x0")}), Stream("clean", MAE, (0.0, 1.0), "clean", 0.75)]
   loss = objectives.Objective(model, make_path("flow", 7), streams, 2048)
-  at_once(loss)(predictions(2048), batch(2048), jax.random.key(0))
+  run(loss, calls, predictions(2048), batch(2048), jax.random.key(0))
   counts = np.bincount(calls[0]["t"], minlength=8)
   assert counts[0] == 0 and len(counts) == 8
   assert stats.chisquare(counts[1:]).pvalue > 1e-3
@@ -168,7 +181,7 @@ def test_labels_drop_at_the_given_rate_and_stay_with_their_images(drop):
   model, calls = spy(num_classes=CLASSES)
   loss = objectives.Objective(model, make_path("flow", 7), halves(0.5, labels=True), 2048, drop)
   data = batch(2048)
-  at_once(loss)(predictions(2048), data, jax.random.key(0))
+  run(loss, calls, predictions(2048), data, jax.random.key(0))
   for i, call in enumerate(calls):
     shown, labels = np.asarray(call["labels"]), np.asarray(data["label"])[i::2]
     null = shown == CLASSES
@@ -181,7 +194,7 @@ def test_no_labels_are_shown_without_classes_or_where_a_stream_wants_none(classe
   model, calls = spy(num_classes=classes)
   stream = Stream("clean", MAE, timesteps="clean", mask_ratio=0.75, labels=labels)
   loss = objectives.Objective(model, make_path("flow", 7), [stream], 4)
-  at_once(loss)(predictions(4), batch(4), jax.random.key(0))
+  run(loss, calls, predictions(4), batch(4), jax.random.key(0))
   assert calls[0]["labels"] is None
 
 
@@ -290,7 +303,7 @@ def test_complementary_streams_are_shown_every_patch_once():
     }
   )
   loss = objectives.Objective(model, make_path("flow", 10), streams, 8)
-  at_once(loss)(predictions(8), batch(8), jax.random.key(0))
+  run(loss, calls, predictions(8), batch(8), jax.random.key(0))
   first, second = (np.asarray(call["mask"].masked) for call in calls)
   np.testing.assert_array_equal(first + second, np.ones((8, 16)))
   blocks = first.reshape(8, 2, 2, 2, 2)
@@ -329,7 +342,7 @@ def test_times_count_by_their_weight(weight_of_t):
   path = make_path("cosine", 10)
   loss = objectives.Objective(model, path, [stream], 64)
   guess, data = predictions(64), batch(64)
-  total, _ = at_once(loss)(guess, data, jax.random.key(0))
+  total, _ = run(loss, calls, guess, data, jax.random.key(0))
   errors = np.square(guess["x0"] - data["image"]).mean((1, 2, 3))
   weight = objectives.WEIGHTS[weight_of_t](path, "x0", calls[0]["t"])
   np.testing.assert_allclose(total, np.mean(weight * errors), rtol=1e-5)
