@@ -1,6 +1,9 @@
 """Four virtual CPU devices, shapes checked at trace time, and tiny models, for every test."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 from xla_flags import QUICK
 
@@ -14,11 +17,19 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 os.environ["NPROC"] = "32"  # virtual devices wait for one another: each needs a thread
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  # What one worker or program of this run has compiled the others need not: many tests start the
+  # same training in processes of their own. It begins empty, so nothing depends on earlier runs.
+  CACHE = tempfile.mkdtemp(prefix="umd_tests_")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+  atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 import jaxtyping
 import pytest
 
-CHECKED = ["paths", "masking", "samplers", "objectives", "inference", "fid", "pairwise", "models"]
+CHECKED = ["paths", "masks", "losses", "objectives", "models", "samplers"]
+CHECKED += ["metrics.frechet", "metrics.pairwise", "trained.inference"]
 # As in PEP 484, an int will do where a float is asked for.
 TYPECHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 jaxtyping.install_import_hook([f"umd.{name}" for name in CHECKED], TYPECHECKER)

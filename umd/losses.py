@@ -80,16 +80,14 @@ def _posterior_tables(path: Path) -> dict[str, np.ndarray]:
   return {name: np.concatenate([row[:1], row]) for name, row in rows.items()}
 
 
-def gaussian_kl(
-  mean: Array, log_variance: Array, other_mean: Array, other_log_variance: Array
-) -> Array:
+def gaussian_kl(mean, log_variance, other_mean, other_log_variance) -> Array:
   """KL(N(mean, exp(log_variance)) || N(other_mean, ...)) in nats, elementwise."""
   difference = log_variance - other_log_variance
   scaled = jnp.square(mean - other_mean) * jnp.exp(-other_log_variance)
   return 0.5 * (jnp.exp(difference) - difference - 1.0 + scaled)
 
 
-def discretised_log_likelihood(x0: Array, mean: Array, log_variance: Array) -> Array:
+def discretised_log_likelihood(x0, mean, log_variance) -> Array:
   """log P of the 8-bit level that x0 in [-1, 1] stands for, under a Gaussian, in nats, elementwise.
 
   The distribution function is the tanh approximation of the official code, and so are the guards;

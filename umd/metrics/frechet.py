@@ -145,7 +145,7 @@ def frechet_distance(
   return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2.0 * root)
 
 
-def _score(count: np.ndarray, probs: np.ndarray, plogp: np.ndarray) -> np.ndarray:
+def _score(count: np.ndarray, probs: np.ndarray, plogp: np.ndarray | np.floating) -> np.ndarray:
   """Computes the scores of splits from sums over their rows: of 1, of p [c], and of sum p log p.
 
   E sum p log(p / q) = E sum p log p - sum q log q, where q is the mean of p.
