@@ -1,5 +1,6 @@
 """Runs a config's stages one after the other, each in a folder of its own."""
 
+import contextlib
 import importlib
 import os
 from collections.abc import Mapping
@@ -156,7 +157,11 @@ def _write_defaults(ready: list[Built], workdir: str, default: ConfigDict) -> No
   for stage in ready:
     section = default.get(stage.name) if several else default
     if section and not stage.summary:
-      folder.write_json(os.path.join(stage.folder, report.DEFAULTS), section.to_dict())
+      # As a record, like the config of the run: what neither says does not differ. A file whose
+      # config makes no sense without arguments has no defaults to compare with.
+      with contextlib.suppress(ValueError):
+        values = records.to_dict(check.read_stage(section))
+        folder.write_json(os.path.join(stage.folder, report.DEFAULTS), values)
 
 
 def cache_folder(workdir: str) -> str:

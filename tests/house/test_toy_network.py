@@ -11,6 +11,7 @@ import pytest
 from jaxtyping import Array
 
 from configs import quickstart
+from tools import export
 from trainers import stages
 from umd import load, models
 from umd.models.network import Input
@@ -90,3 +91,10 @@ def test_it_is_saved_and_loaded(trained):
   filled, masks = model.reconstruct(images, mask_ratio=0.75)
   np.testing.assert_array_equal(filled[~masks], images[~masks])
   assert 0.7 < masks.mean() < 0.8
+
+
+def test_it_is_exported(trained, tmp_path):
+  folder, _ = trained
+  out = str(tmp_path / "exported")
+  export.main(["--workdir", folder, "--out", out])
+  assert np.array_equal(load(out).sample(num=2, steps=2), load(folder).sample(num=2, steps=2))

@@ -16,6 +16,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+from configs import quickstart
 from tools import report as tool
 from trainers import stages
 from umd import report
@@ -450,11 +451,13 @@ def test_the_report_says_how_a_run_ended(tmp_path, error, state, note):
 def test_the_defaults_are_kept_for_each_stage_and_of_one_config(tmp_path):
   ready = lambda name, path: types.SimpleNamespace(name=name, folder=str(path), summary=None)
   top, one = tmp_path / "top", tmp_path / "one"
-  default = ConfigDict({"stages": ("a", "b"), "a": {"x": 1}})
+  default = ConfigDict({"stages": ("a", "b"), "a": quickstart.get_config().pretrain})
   stages._write_defaults([ready("a", top / "a"), ready("b", top / "b")], str(top), default)
   assert read.stages(str(top)) == ["a", "b"]
-  assert workdir.read_json(str(top / "a" / report.DEFAULTS)) == {"x": 1}
+  kept = workdir.read_json(str(top / "a" / report.DEFAULTS))
+  # Records hold what the file leaves out, too, as the run's own config does.
+  assert kept["steps"] == 2000 and kept["data"]["shuffle_buffer"] == 50_000
   assert not (top / "b").exists()
-  stages._write_defaults([ready("one", one)], str(one), ConfigDict({"x": 2}))
-  assert workdir.read_json(str(one / report.DEFAULTS)) == {"x": 2}
+  stages._write_defaults([ready("one", one)], str(one), default.a)
+  assert workdir.read_json(str(one / report.DEFAULTS)) == kept
   assert read.stages(str(one)) == []

@@ -77,6 +77,7 @@ def test_stages_run_in_order_and_a_finished_one_is_not_run_again(tmp_path, capsy
     assert told["latest"].keys() == summary["metrics"].keys()
     run = report.read_run(str(tmp_path / stage))
     changed = workdir.differences(run.default, run.config)
+    assert not any(default is None for default, _ in changed.values())
     assert list(changed["steps"]) == [{3: 2000, 2: 500}[summary["step"]], summary["step"]]
   assert [run["state"] for run in reported(tmp_path)] == ["finished", "finished"]
   printed = capsys.readouterr().out

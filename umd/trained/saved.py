@@ -279,7 +279,7 @@ def _open_workdir(folder: str, config: Mapping) -> TrainedRun:
     model=model,
     path=config["path"],
     streams=config["streams"],
-    latents=config["latents"],
+    latents=config["latents"] or {},
     pixels_per_place=about["pixels_per_place"],
     vae_sha256=about["vae_sha256"],
     class_names=tuple(about["class_names"]),
