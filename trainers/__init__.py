@@ -1,1 +1,1 @@
-"""Trainers: modules with `run(config, workdir, ...)`, the only readers of configs."""
+"""Trainers: modules with `prepare` and `run`. A config is read into records before they see it."""

@@ -58,7 +58,7 @@ class Network(Protocol):
     """
 
   def represent(self, images: Array, t: Array, labels: Array | None = None) -> dict[str, Array]:
-    """Features of whole images at times t, {name: [B, D]}; the network's own choice first."""
+    """Features of whole images at times t, float32: {name: [B, D]}."""
 
 
 def grid(network: Network) -> tuple[int, int]:
